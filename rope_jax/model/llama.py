@@ -1,0 +1,213 @@
+"""Llama in Flax Linen: a plain tree of parameters, layers stacked by `nn.scan`.
+
+Three collections: 'params' (the base model), 'lora' (low-rank adapters) and 'phase' (PSC), so
+that what is trained is a statement about the tree. Sharding does not appear here.
+
+Shape suffixes: B batch, L tokens, D d_model, H query heads, K KV heads, E head_dim, F d_ff,
+V vocabulary, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from rope_jax import rope as rope_lib
+from rope_jax.model import attention
+
+# What the backward pass finds in memory instead of computing it again.
+REMAT_POLICIES = dict(
+  none=None,  # everything: no rematerialisation
+  full=jax.checkpoint_policies.nothing_saveable,  # only the input of each layer
+  attention=jax.checkpoint_policies.save_only_these_names("attention"),
+  dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+)
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Everything that fixes the model's shapes and program; hashable. See `rope_jax/config.py`."""
+
+  vocab_size: int
+  num_layers: int
+  d_model: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  d_ff: int
+  norm_eps: float = 1e-5
+  tie_embeddings: bool = False
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  attention: str = "blockwise"
+  block_q: int = 512
+  block_k: int = 512
+  remat: str = "full"
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
+  lora_targets: tuple[str, ...] = ("q", "k", "v", "o")
+  phase: str = "none"
+  psc_calibration: str = "pre"
+  psc_init: str = "released"
+
+
+class Llama(nn.Module):
+  """Decoder from token ids to final hidden states; `unembedding` gives the matrix to logits."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BxL, rope, positions_BxL=None, segment_ids_BxL=None):
+    """Runs the model.
+
+    Args:
+      tokens_BxL: int32 token ids.
+      rope: `rope_jax.rope.Rope`, traced: changing its numbers does not recompile.
+      positions_BxL: int32 positions; 0 .. L-1 if None. Attention is causal in the order of the
+        tokens, whatever their positions.
+      segment_ids_BxL: int32; tokens attend within their segment only. One segment if None.
+
+    Returns:
+      hidden_BxLxD in the compute dtype, after the last norm.
+    """
+    cfg = self.config
+    if positions_BxL is None:
+      positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+    if rope.head_dim != cfg.head_dim:
+      raise ValueError(f"rope is for head_dim {rope.head_dim}, model.head_dim is {cfg.head_dim}")
+    # Once per forward, in float32: angles must not pass through bfloat16.
+    cos, sin = rope_lib.cos_sin(rope, positions_BxL)
+    embedding_VxD = self.param(
+      "embedding", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.d_model), cfg.param_dtype
+    )
+    x = jnp.take(embedding_VxD, tokens_BxL, axis=0).astype(cfg.dtype)
+    block = Block
+    if cfg.remat != "none":
+      block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+    layers = nn.scan(
+      block,
+      variable_axes=dict(params=0, lora=0, phase=0),
+      split_rngs=dict(params=True),
+      in_axes=nn.broadcast,
+      length=cfg.num_layers,
+    )
+    x, _ = layers(cfg, name="layers")(x, cos, sin, segment_ids_BxL)
+    if not cfg.tie_embeddings:
+      self.param(
+        "lm_head", nn.initializers.normal(0.02), (cfg.d_model, cfg.vocab_size), cfg.param_dtype
+      )
+    return RMSNorm(cfg, name="final_norm")(x)
+
+
+def unembedding(params: dict) -> jax.Array:
+  """[D, V] matrix from hidden states to logits: the head, or the tied embedding transposed."""
+  return params["lm_head"] if "lm_head" in params else params["embedding"].T
+
+
+class Block(nn.Module):
+  """Pre-norm attention and SwiGLU, each with a residual."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, cos, sin, segment_ids):
+    x = x + Attention(self.config, name="attention")(
+      RMSNorm(self.config, name="attention_norm")(x), cos, sin, segment_ids
+    )
+    return x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x)), None
+
+
+class Attention(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BxLxD, cos, sin, segment_ids):
+    cfg = self.config
+    D, H, K, E = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    q_BxLxHxE = _linear(self, "q", x_BxLxD, dict(d=D), dict(h=H, e=E))
+    k_BxLxKxE = _linear(self, "k", x_BxLxD, dict(d=D), dict(h=K, e=E))
+    v_BxLxKxE = _linear(self, "v", x_BxLxD, dict(d=D), dict(h=K, e=E))
+    q_BxLxHxE = self._position("psc_q", q_BxLxHxE, cos, sin)
+    k_BxLxKxE = self._position("psc_k", k_BxLxKxE, cos, sin)
+    out_BxLxHxE = attention.attend(cfg, q_BxLxHxE, k_BxLxKxE, v_BxLxKxE, segment_ids)
+    out_BxLxHxE = checkpoint_name(out_BxLxHxE, "attention")
+    return _linear(self, "o", out_BxLxHxE, dict(h=H, e=E), dict(d=D))
+
+  def _position(self, name, x, cos, sin):
+    """Rotates queries or keys, with the learned phase before or after."""
+    cfg = self.config
+    if cfg.phase == "none":
+      return rope_lib.rotate(x, cos, sin)
+
+    def init():
+      key = self.make_rng("params")
+      return rope_lib.psc_init(key, x.shape[-2], cfg.head_dim, cfg.psc_init)
+
+    psc = self.variable("phase", name, init).value
+    if cfg.psc_calibration == "pre":
+      return rope_lib.rotate(rope_lib.psc(x, psc["up"], psc["down"]), cos, sin)
+    # Post-calibration, as it stands commented out in the release: the gate reads a detached copy.
+    x = rope_lib.rotate(x, cos, sin)
+    return x * rope_lib.psc_gate(jax.lax.stop_gradient(x), psc["up"], psc["down"])
+
+
+class MLP(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BxLxD):
+    D, F = self.config.d_model, self.config.d_ff
+    gate_BxLxF = _linear(self, "gate", x_BxLxD, dict(d=D), dict(f=F))
+    up_BxLxF = _linear(self, "up", x_BxLxD, dict(d=D), dict(f=F))
+    return _linear(self, "down", jax.nn.silu(gate_BxLxF) * up_BxLxF, dict(f=F), dict(d=D))
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm in float32."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
+    return (x * scale).astype(self.config.dtype)
+
+
+def _linear(module: nn.Module, name: str, x: jax.Array, inputs: dict, outputs: dict) -> jax.Array:
+  """x W, plus (alpha / rank) x A B if `name` is a LoRA target.
+
+  `inputs` and `outputs` map einsum letters to sizes. A starts uniform within 1/sqrt(fan in) and
+  B zero, as in PEFT, so the adapter starts as the identity.
+  """
+  cfg = module.config
+  i, o = "".join(inputs), "".join(outputs)
+  in_shape, out_shape = tuple(inputs.values()), tuple(outputs.values())
+  # Projections into the residual stream start smaller, so that its scale does not grow with depth.
+  stddev = 0.02 / math.sqrt(2 * cfg.num_layers) if o == "d" else 0.02
+  weight = module.param(
+    name, nn.initializers.normal(stddev), in_shape + out_shape, cfg.param_dtype
+  )
+  y = jnp.einsum(f"bl{i},{i}{o}->bl{o}", x, weight.astype(cfg.dtype))
+  if not cfg.lora_rank or name not in cfg.lora_targets:
+    return y
+  bound = 1 / math.sqrt(math.prod(in_shape))
+
+  def init():
+    a = jax.random.uniform(
+      module.make_rng("params"), (*in_shape, cfg.lora_rank), minval=-bound, maxval=bound
+    )
+    return dict(a=a, b=jnp.zeros((cfg.lora_rank, *out_shape)))
+
+  lora = module.variable("lora", name, init).value
+  down = jnp.einsum(f"bl{i},{i}r->blr", x, lora["a"].astype(cfg.dtype))
+  delta = jnp.einsum(f"blr,r{o}->bl{o}", down, lora["b"].astype(cfg.dtype))
+  return y + (cfg.lora_alpha / cfg.lora_rank) * delta

@@ -1,0 +1,60 @@
+"""Phase shift calibration (PSC) as functions: a learned gain on un-rotated queries and keys.
+
+Source: "Phase Shift Calibration" (EMNLP 2024, arXiv 2505.12423), as released in WNQzhu/PSC.
+The released module computes no angle: it is a bounded, content-dependent,
+element-wise gain, and can shift the phase of a pair by less than 30 degrees.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def psc_gate(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+  """g = 1 + tanh(SiLU(x U_h) D_h) / 2 for each head h, element-wise in (0.5, 1.5).
+
+  Args:
+    x: [..., heads, head_dim] queries or keys.
+    up: [heads, head_dim, head_dim], applied first, zero at the start.
+    down: [heads, head_dim, head_dim], applied second.
+
+  Returns:
+    The gate, with the shape and dtype of x; computed in float32 after the products.
+  """
+  hidden = jnp.einsum("...hd,hdr->...hr", x, up.astype(x.dtype))
+  y = jnp.einsum("...hr,hrd->...hd", jax.nn.silu(hidden), down.astype(x.dtype))
+  return (1 + 0.5 * jnp.tanh(y.astype(jnp.float32))).astype(x.dtype)
+
+
+def psc(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+  """The calibrated x * gate(x). With `up` zero this is x, bit for bit. Shapes as `psc_gate`."""
+  return x * psc_gate(x, up, down)
+
+
+def psc_init(key: jax.Array, heads: int, head_dim: int, scale: str = "released") -> dict:
+  """Initial float32 parameters {'up': zeros, 'down': U(-bound, bound)}, [heads, d, d] each.
+
+  Args:
+    key: PRNG key.
+    heads: query heads, or KV heads for keys.
+    head_dim: d.
+    scale: 'released' has bound 1/d, which is what PyTorch's kaiming_uniform_(a=sqrt 5) gives for
+      the released 3-D tensor; 'fan_in' has 1/sqrt(d), what a d x d layer would get.
+
+  Raises:
+    ValueError: for another scale.
+  """
+  bounds = dict(released=1 / head_dim, fan_in=1 / math.sqrt(head_dim))
+  if scale not in bounds:
+    raise ValueError(f"psc.init must be one of {sorted(bounds)}, got {scale!r}")
+  shape = (heads, head_dim, head_dim)
+  down = jax.random.uniform(key, shape, minval=-bounds[scale], maxval=bounds[scale])
+  return dict(up=jnp.zeros(shape), down=down)
+
+
+def psc_parameter_count(layers: int, heads: int, kv_heads: int, head_dim: int) -> int:
+  """2 d^2 (query heads + KV heads) for each layer; 67,108,864 for Llama-2 7B."""
+  return layers * 2 * head_dim**2 * (heads + kv_heads)
