@@ -64,7 +64,7 @@ def base() -> ConfigDict:
   c.model.param_dtype = "float32"  # of the base model; adapters are float32
   c.model.attention = "blockwise"  # or 'dense'
   c.model.block_q = 128
-  c.model.block_k = 512
+  c.model.block_k = 256
   c.model.remat = "full"  # 'none', 'full', 'attention' (keep its output) or 'dots'
 
   c.lora = ConfigDict()
@@ -109,7 +109,9 @@ def base() -> ConfigDict:
   c.mesh.fsdp = 1  # devices over which parameters are split, and the batch too
 
   c.evals = ConfigDict()
-  return c.lock()
+  c.lock()
+  c.evals.unlock()  # entries are added by name
+  return c
 
 
 def perplexity(**options) -> ConfigDict:
@@ -128,8 +130,9 @@ def perplexity(**options) -> ConfigDict:
   c.document_tokens = 0  # tokens of a sample that windows slide over; 0: the longest length
   c.buckets = 8  # equal parts of the window in `by_position`
   c.batch_size = 1  # windows at a time
+  c.lock()
   c.update(options)
-  return c.lock()
+  return c
 
 
 def comparison(**runs: ConfigDict) -> ConfigDict:
@@ -234,7 +237,7 @@ def validate(c: ConfigDict) -> None:
     for key in keys.split():
       _check(block[key] >= 1, f"{_name(c, block)}.{key}", block[key], "at least 1")
   from rope_jax.evals import EVALS  # the names only: the evaluations load when they run
-  from rope_jax.model.names import ATTENTION, LORA_TARGETS, REMAT  # no Flax in here
+  from rope_jax.model.config import ATTENTION, LORA_TARGETS, REMAT  # no Flax in here
 
   _choice("model.attention", m.attention, ATTENTION)
   _choice("model.remat", m.remat, REMAT)

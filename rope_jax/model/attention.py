@@ -13,6 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rope_jax.model.config import ATTENTION
+
 # Finite, so that exp(masked - maximum) is 0 and never NaN, even where a whole block is masked.
 _MASKED = -1e30
 
@@ -23,10 +25,7 @@ def attend(cfg, q, k, v, segment_ids=None):
     return dense(q, k, v, segment_ids)
   if cfg.attention == "blockwise":
     return blockwise(q, k, v, segment_ids, block_q=cfg.block_q, block_k=cfg.block_k)
-  raise ValueError(f"model.attention must be one of {IMPLEMENTATIONS}, got {cfg.attention!r}")
-
-
-IMPLEMENTATIONS = ("dense", "blockwise")
+  raise ValueError(f"model.attention must be one of {ATTENTION}, got {cfg.attention!r}")
 
 
 def dense(q, k, v, segment_ids=None):
@@ -37,7 +36,7 @@ def dense(q, k, v, segment_ids=None):
   return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
 
 
-def blockwise(q, k, v, segment_ids=None, *, block_q: int = 512, block_k: int = 512):
+def blockwise(q, k, v, segment_ids=None, *, block_q: int = 128, block_k: int = 256):
   """Exact attention with memory linear in L: one block of scores is live at a time.
 
   Online softmax over blocks of keys, in the forward and in a backward pass of its own, which

@@ -9,7 +9,6 @@ V vocabulary, R LoRA rank.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rope_jax import rope as rope_lib
 from rope_jax.model import attention
+from rope_jax.model.config import ModelConfig
 
 # What the backward pass finds in memory instead of computing it again.
 REMAT_POLICIES = dict(
@@ -27,36 +27,6 @@ REMAT_POLICIES = dict(
   attention=jax.checkpoint_policies.save_only_these_names("attention"),
   dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 )
-
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Everything that fixes the model's shapes and program; hashable. See `rope_jax/config.py`."""
-
-  vocab_size: int
-  num_layers: int
-  d_model: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  d_ff: int
-  norm_eps: float = 1e-5
-  tie_embeddings: bool = False
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-  attention: str = "blockwise"
-  block_q: int = 512
-  block_k: int = 512
-  remat: str = "full"
-  lora_rank: int = 0
-  lora_alpha: float = 16.0
-  lora_targets: tuple[str, ...] = ("q", "k", "v", "o")
-  phase: str = "none"
-  psc_calibration: str = "pre"
-  psc_init: str = "released"
-
 
 class Llama(nn.Module):
   """Decoder from token ids to final hidden states; `unembedding` gives the matrix to logits."""

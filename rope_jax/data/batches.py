@@ -1,0 +1,118 @@
+"""Batches as a pure function of (seed, step): the state of the data is the step.
+
+Each epoch visits every document once, in an order drawn from (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from rope_jax.data.tokens import TokenStore
+
+# Keys of a batch, each [batch, length]: int32 but for the float32 weights of the loss.
+KEYS = ("tokens", "targets", "positions", "segment_ids", "weights")
+
+
+class Batches:
+  """Training batches.
+
+  'pack' joins the documents of an epoch into one stream and cuts it into sequences; segment ids
+  and positions start anew with each document, and a token whose target is in the next document
+  has no weight. 'document' puts one document in each sequence, cut or padded (PSC's recipe).
+
+  Args:
+    store: tokenised documents.
+    length: tokens of a sequence.
+    batch_size: sequences of a global batch.
+    packing: 'pack' or 'document'.
+    seed: of the order of documents.
+    min_tokens: leave out documents with fewer tokens.
+
+  Raises:
+    ValueError: if no document, or not one whole sequence, is left.
+  """
+
+  def __init__(
+    self,
+    store: TokenStore,
+    *,
+    length: int,
+    batch_size: int,
+    packing: str,
+    seed: int,
+    min_tokens: int = 0,
+  ):
+    self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
+    self.packing = packing
+    self.documents = np.flatnonzero(store.lengths >= max(min_tokens, 2))
+    if not len(self.documents):
+      raise ValueError(f"data.min_tokens={min_tokens}: no document of {len(store)} has so many")
+    self.total = int(store.lengths[self.documents].sum())
+    # One token more than the sequence, for the last target; streams share it with their neighbour.
+    self.per_epoch = (
+      len(self.documents) if packing == "document" else (self.total - 1) // length
+    )
+    if self.per_epoch < 1:
+      raise ValueError(
+        f"data.length={length}: the corpus has {self.total} tokens, too few for one sequence"
+      )
+    self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+  def __call__(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+    """The batch of a step (0, 1, ...), or the rows of it that this process feeds."""
+    first = step * self.batch_size
+    numbers = range(first, first + self.batch_size)[rows]
+    sequences = [self._sequence(n) for n in numbers]
+    return {key: np.stack([s[key] for s in sequences]) for key in KEYS}
+
+  def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Order of the documents, and where each starts in the stream of the epoch."""
+    order = np.random.default_rng((self.seed, epoch)).permutation(self.documents)
+    return order, np.concatenate([[0], np.cumsum(self.store.lengths[order])])
+
+  def _sequence(self, number: int) -> dict[str, np.ndarray]:
+    epoch, index = divmod(number, self.per_epoch)
+    order, starts = self._epoch(epoch)
+    pieces, start = [], 0  # (tokens, position of the first)
+    if self.packing == "document":
+      pieces = [(self.store.slice(order[index], 0, self.length + 1), 0)]
+    else:
+      first, need = index * self.length, self.length + 1
+      i = int(np.searchsorted(starts, first, side="right")) - 1
+      start = first - starts[i]
+      while need:
+        ids = self.store.slice(order[i], start, start + need)
+        pieces.append((ids, start))
+        need, i, start = need - len(ids), i + 1, 0
+    return _join(pieces, self.length)
+
+
+def _join(pieces: list[tuple[np.ndarray, int]], length: int) -> dict[str, np.ndarray]:
+  ids = np.concatenate([p for p, _ in pieces])
+  positions = np.concatenate([np.arange(start, start + len(p)) for p, start in pieces])
+  segments = np.repeat(np.arange(len(pieces)), [len(p) for p, _ in pieces])
+  padding = length + 1 - len(ids)
+  ids, positions = np.pad(ids, (0, padding)), np.pad(positions, (0, padding))
+  segments = np.pad(segments, (0, padding), constant_values=-1)
+  return dict(
+    tokens=ids[:-1].astype(np.int32),
+    targets=ids[1:].astype(np.int32),
+    positions=positions[:-1].astype(np.int32),
+    segment_ids=segments[:-1].astype(np.int32),
+    weights=((segments[:-1] == segments[1:]) & (segments[1:] >= 0)).astype(np.float32),
+  )
+
+
+def prefetch(make: Callable[[int], dict], start: int, stop: int) -> Iterator[dict]:
+  """Yields make(start), ..., make(stop - 1), each made while the device works on the one before."""
+  with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+    ahead = pool.submit(make, start) if start < stop else None
+    for step in range(start, stop):
+      ready = ahead.result()
+      if step + 1 < stop:
+        ahead = pool.submit(make, step + 1)
+      yield ready

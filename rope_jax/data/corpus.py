@@ -1,0 +1,102 @@
+"""Documents, random access, through tensorflow-datasets (no TensorFlow needed).
+
+Catalogue corpora and folders of text go the same way: a `tfds.data_source`. The embedded default
+is the source code of Python's standard library: megabytes of real, long documents on every
+machine that can run this, though their exact text depends on the version of Python.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+import sysconfig
+
+# Directories of the standard library that are absent on some machines, or not its own.
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "config"}
+
+
+def documents(source: str, split: str, data_dir: str, text_key: str = ""):
+  """A corpus as a random-access sequence of documents.
+
+  Args:
+    source: 'stdlib', 'tfds:NAME' (a corpus of the TFDS catalogue, downloaded and prepared if need
+      be), or a folder, file or glob of text files.
+    split: 'train' or 'validation'; of our own corpora, one document in twenty (by the hash of its
+      name) is held out for validation.
+    data_dir: where prepared corpora live.
+    text_key: the feature with the text; '' if there is only one.
+
+  Returns:
+    A sequence: len(), and [i] -> str. Its `fingerprint` identifies the text for caches.
+
+  Raises:
+    ValueError: if there is nothing there, or the split is empty, or text_key is needed.
+  """
+  import tensorflow_datasets as tfds
+
+  from rope_jax.data.text_builder import builder_of
+
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
+  if source.startswith("tfds:"):
+    name = source.removeprefix("tfds:")
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare(file_format="array_record")
+  else:
+    builder = builder_of(text_files(source), data_dir)
+    builder.download_and_prepare()
+    text_key = "text"
+  if builder.info.splits.get(split) is None or not builder.info.splits[split].num_examples:
+    raise ValueError(
+      f"{source} has no documents in split {split!r}; it has "
+      f"{ {k: v.num_examples for k, v in builder.info.splits.items()} }"
+    )
+  return _Documents(builder, split, text_key or _only_text_feature(builder))
+
+
+def text_files(source: str) -> dict[str, str]:
+  """Name -> path of the files of 'stdlib', a folder (with all below it), a file or a glob."""
+  if source == "stdlib":
+    root = sysconfig.get_paths()["stdlib"]
+    paths = []
+    for directory, below, files in os.walk(root):
+      below[:] = [d for d in below if d not in _NOT_STDLIB and not d.startswith(("config-", "__"))]
+      paths += [os.path.join(directory, f) for f in files if f.endswith(".py")]
+  elif os.path.isdir(source):
+    root = source
+    paths = glob.glob(os.path.join(glob.escape(source), "**", "*"), recursive=True)
+  else:
+    paths = glob.glob(source, recursive=True)
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]) if paths else ""
+  out = {os.path.relpath(p, root): os.path.abspath(p) for p in paths if os.path.isfile(p)}
+  if not out:
+    raise ValueError(f"no text files at {source!r}")
+  return dict(sorted(out.items()))
+
+
+class _Documents:
+  """Texts of one split of a prepared builder."""
+
+  def __init__(self, builder, split: str, text_key: str):
+    self._source = builder.as_data_source(split=split)
+    self._key = text_key
+    info = builder.info
+    self.fingerprint = f"{info.name}-{builder.builder_config and builder.builder_config.name}"
+    self.fingerprint += f"-{info.version}-{split}-{text_key}-{info.splits[split].num_examples}"
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> str:
+    text = self._source[i][self._key]
+    return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else str(text)
+
+
+def _only_text_feature(builder) -> str:
+  import tensorflow_datasets as tfds
+
+  names = [k for k, f in builder.info.features.items() if isinstance(f, tfds.features.Text)]
+  if len(names) != 1:
+    raise ValueError(f"data.text_key must be one of the text features {names}")
+  return names[0]
