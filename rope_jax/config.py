@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import glob
 import inspect
+import json
 import os
 import typing
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+import rope_jax
 from rope_jax import rope as rope_lib
+from rope_jax.weights import RUN_FILE, locate
 
 _REQUIRED_BY_RESOLVER = ("rope", "factor", "seq_len")
 
@@ -210,6 +213,93 @@ def depends_on_length(c: ConfigDict) -> bool:
   return "seq_len" in inspect.signature(rope_lib.SCALINGS[c.rope.scaling]).parameters
 
 
+def describe_rope(c: ConfigDict, seq_len: int | None = None) -> dict:
+  """The resolved rope as plain data, for the screen and for JSON."""
+  r = rope(c, seq_len)
+  return dict(
+    scaling=c.rope.scaling,
+    factor=1.0 if c.rope.scaling == "none" else factor(c),
+    resonance=c.rope.resonance,
+    phase=c.rope.phase,
+    theta=c.rope.theta,
+    head_dim=c.model.head_dim,
+    original_context=c.rope.original_context,
+    context=c.rope.context,
+    attention_scale=float(r.attention_scale),
+    inv_freq=r.inv_freq.tolist(),
+    wavelengths=r.wavelengths.tolist(),
+    history=[[name, options] for name, options in r.history],
+  )
+
+
+def write(c: ConfigDict, workdir: str) -> None:
+  """Claims a workdir for a run: writes its config and its resolved rope.
+
+  Raises:
+    ValueError: if the directory holds a run with other settings, naming them.
+  """
+  path = os.path.join(workdir, RUN_FILE)
+  if os.path.exists(path):
+    old, new = _flat(read(workdir)), _flat(c)
+    changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not _is_free(k)]
+    if changed:
+      raise ValueError(
+        f"{workdir} holds a run with other settings; choose another --workdir, or set back: "
+        + ", ".join(f"config.{k}={new.get(k)!r} (was {old.get(k)!r})" for k in changed)
+      )
+  os.makedirs(workdir, exist_ok=True)
+  _write_json(path, dict(config=c.to_dict(), rope_jax=rope_jax.__version__))
+  _write_json(os.path.join(workdir, "rope.json"), describe_rope(c))
+
+
+def read(workdir: str) -> ConfigDict:
+  """The config of the run in a workdir.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  path = os.path.join(workdir, RUN_FILE)
+  if not os.path.exists(path):
+    raise ValueError(f"{workdir} holds no run: there is no {RUN_FILE}")
+  with open(path) as f:
+    values = json.load(f)["config"]
+  c = base()
+  for name, entry in values.pop("evals").items():
+    c.evals[name] = perplexity()
+    _assign(c.evals[name], entry)
+  _assign(c, values)
+  return c
+
+
+def _assign(c: ConfigDict, values: dict) -> None:
+  for key, value in values.items():
+    if isinstance(value, dict):
+      _assign(c[key], value)
+    else:
+      c[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _flat(c: ConfigDict, prefix: str = "") -> dict:
+  out = {}
+  for key in c:
+    if isinstance(c[key], ConfigDict):
+      out |= _flat(c[key], f"{prefix}{key}.")
+    else:
+      out[prefix + key] = c[key]
+  return out
+
+
+def _is_free(key: str) -> bool:
+  """Whether a setting may change between the start of a run and its resumption."""
+  return key.startswith(("evals.", "checkpoint.", "mesh.")) or key in ("train.log_every", "data.dir")
+
+
+def _write_json(path: str, value) -> None:
+  with open(path + ".tmp", "w") as f:
+    json.dump(value, f, indent=1)
+  os.replace(path + ".tmp", path)
+
+
 def train_length(c: ConfigDict) -> int:
   """Tokens of a training sequence."""
   return c.data.length or c.rope.context
@@ -307,8 +397,6 @@ def _check_rope(c: ConfigDict) -> None:
 
 
 def _check_init(c: ConfigDict) -> None:
-  from rope_jax.weights import locate
-
   if c.init_from and not c.init_from.startswith("run:"):
     try:
       locate(c.init_from)

@@ -77,24 +77,25 @@ class Batches:
   def _sequence(self, number: int) -> dict[str, np.ndarray]:
     epoch, index = divmod(number, self.per_epoch)
     order, starts = self._epoch(epoch)
-    pieces, start = [], 0  # (tokens, position of the first)
+    pieces = []
     if self.packing == "document":
-      pieces = [(self.store.slice(order[index], 0, self.length + 1), 0)]
+      pieces = [self.store.slice(order[index], 0, self.length + 1)]
     else:
       first, need = index * self.length, self.length + 1
       i = int(np.searchsorted(starts, first, side="right")) - 1
       start = first - starts[i]
       while need:
         ids = self.store.slice(order[i], start, start + need)
-        pieces.append((ids, start))
+        pieces.append(ids)
         need, i, start = need - len(ids), i + 1, 0
     return _join(pieces, self.length)
 
 
-def _join(pieces: list[tuple[np.ndarray, int]], length: int) -> dict[str, np.ndarray]:
-  ids = np.concatenate([p for p, _ in pieces])
-  positions = np.concatenate([np.arange(start, start + len(p)) for p, start in pieces])
-  segments = np.repeat(np.arange(len(pieces)), [len(p) for p, _ in pieces])
+def _join(pieces: list[np.ndarray], length: int) -> dict[str, np.ndarray]:
+  """One sequence of these pieces of documents; positions count from the start of each piece."""
+  ids = np.concatenate(pieces)
+  positions = np.concatenate([np.arange(len(p)) for p in pieces])
+  segments = np.repeat(np.arange(len(pieces)), [len(p) for p in pieces])
   padding = length + 1 - len(ids)
   ids, positions = np.pad(ids, (0, padding)), np.pad(positions, (0, padding))
   segments = np.pad(segments, (0, padding), constant_values=-1)

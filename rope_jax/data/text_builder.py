@@ -15,7 +15,7 @@ VALIDATION_SHARE = 20  # one document in so many is held out
 class TextFiles(tfds.core.BuilderConfig):
   """Named by the state of the files, so that a changed file means a new dataset."""
 
-  files: dict[str, str] = dataclasses.field(default_factory=dict)
+  files: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
 
 class RopeJaxText(tfds.core.GeneratorBasedBuilder):

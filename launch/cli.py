@@ -1,0 +1,68 @@
+"""What the entry points share: the flag --config, and errors as one line."""
+
+import json
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with ':arguments' if any.")
+
+
+def run(main) -> None:
+  """Parses the flags and calls main(config, name of the config); bad input exits with 2."""
+  flags.mark_flag_as_required("config")
+  logging.set_verbosity(logging.ERROR)  # libraries' chatter; our own output is printed
+
+  def start(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    file, _, arguments = config_flags.get_config_filename(flags.FLAGS["config"]), "", _arguments()
+    name = os.path.splitext(os.path.basename(file))[0]
+    main(_CONFIG.value, "-".join(filter(None, [name, arguments.replace(os.sep, "_")])))
+
+  try:
+    app.run(start, flags_parser=_parse)
+  except (ValueError, FloatingPointError) as error:
+    _fail(error)
+
+
+def checked(name: str, function, *args):
+  """Calls the function; an error says which run of a comparison it is from."""
+  try:
+    return function(*args)
+  except ValueError as error:
+    message = str(error).replace("config.", f"config.runs.{name}.") if name else str(error)
+    raise ValueError(message) from error
+
+
+def write_results(results: dict, workdir: str) -> None:
+  """DIR/results.json: the results of the run, or of each run by name."""
+  path = os.path.join(workdir, "results.json")
+  with open(path + ".tmp", "w") as f:
+    json.dump(results.get("", results), f, indent=1, sort_keys=True)
+  os.replace(path + ".tmp", path)
+
+
+def _arguments() -> str:
+  """What follows the colon in --config=FILE:ARGUMENTS."""
+  for arg in sys.argv[1:]:
+    if arg.startswith(("--config=", "-config=")):
+      return arg.partition("=")[2].partition(":")[2]
+  return ""
+
+
+def _parse(argv):
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _fail(error)
+  except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+    # ml_collections raises these for a key that is not there or a value of another type.
+    _fail(error)
+
+
+def _fail(error) -> None:
+  print(f"error: {str(error).strip(chr(34))}", file=sys.stderr)
+  sys.exit(2)

@@ -1,0 +1,138 @@
+"""Perplexity by context length, under three protocols whose numbers are not comparable.
+
+'sliding'      Press et al. / PI: a window of L tokens moves by `stride`; the first window scores
+               all its tokens, each later one only its new tokens; every token counts the same.
+'sliding_all'  LongLoRA (and, it seems, PSC): windows start every `stride` tokens and every token
+               of each window is scored.
+'truncate'     YaRN's Proof-pile numbers: one window from the start of each document, no sliding.
+
+Every window has exactly L tokens, BOS included where the tokenizer adds one itself.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from rope_jax import config as config_lib
+
+
+def evaluate(entry, subject) -> dict:
+  """Perplexity for each of entry.lengths; the keys of `config.perplexity` say what can be set.
+
+  Returns:
+    {"8192": {"ppl", "stderr", "nll", "tokens", "windows", "protocol", "by_position": [{"start",
+    "end", "ppl", "stderr", "tokens"}, ...]}, ...}. `stderr` is the standard error of `ppl` over
+    tokens as if independent (they are not quite: read it as a lower bound). `by_position` is by
+    the place of the token in its window, in equal parts.
+
+  Raises:
+    ValueError: if the text is too short for the samples asked for.
+  """
+  samples = _samples(entry, subject)
+  return {str(n): _at_length(entry, subject, samples, n) for n in entry.lengths}
+
+
+def windows(
+  protocol: str, tokens: int, body: int, stride: int, first: int
+) -> Iterator[tuple[int, int]]:
+  """(start, first scored token) of each window of `body` tokens over a document of `tokens`.
+
+  `first` is 1 where nothing precedes the first token of a window to predict it from, 0 with BOS.
+  Sliding windows end `stride` tokens after the one before; the last ends with the document, so
+  that it is as long as the others.
+  """
+  if protocol == "sliding_all":
+    for start in range(0, tokens - body + 1, stride):
+      yield start, start + first
+    return
+  yield 0, first
+  end = body
+  while protocol == "sliding" and end < tokens:
+    scored, end = end, min(end + stride, tokens)
+    yield end - body, scored
+
+
+def _samples(entry, subject) -> list[np.ndarray]:
+  """The first pieces of all documents, then their second pieces, and so on, up to num_samples."""
+  tokens = entry.document_tokens or max(entry.lengths)
+  later: list[list[np.ndarray]] = []
+  found: list[np.ndarray] = []
+  for text in _texts(entry, subject):
+    ids = subject.tokenizer.encode(text[entry.start :])
+    pieces = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)]
+    found += pieces[:1]
+    later.append(pieces[1:])
+    if len(found) == entry.num_samples:
+      return found
+  for round_ in range(max((len(p) for p in later), default=0)):
+    found += [pieces[round_] for pieces in later if round_ < len(pieces)]
+  if len(found) < entry.num_samples:
+    raise ValueError(
+      f"evals: num_samples={entry.num_samples} pieces of {tokens} tokens were asked for, "
+      f"{entry.files or 'the validation split of ' + subject.config.data.source} has {len(found)}"
+    )
+  return found[: entry.num_samples]
+
+
+def _texts(entry, subject) -> Iterator[str]:
+  from rope_jax.data import corpus
+  from rope_jax.data.text_builder import read_text
+
+  data, directory = subject.config.data, config_lib.data_dir(subject.config)
+  if not entry.files:
+    documents = corpus.documents(data.source, "validation", directory, data.text_key)
+  elif entry.files.startswith("tfds:"):
+    name, _, split = entry.files.rpartition("/")
+    documents = corpus.documents(name, split, directory)
+  else:
+    patterns = [p.strip() for p in entry.files.split(",")]
+    paths = [path for p in patterns for path in sorted(glob.glob(p, recursive=True))]
+    yield from (read_text(path) for path in paths)
+    return
+  yield from (documents[i] for i in range(len(documents)))
+
+
+def _at_length(entry, subject, samples, length: int) -> dict:
+  bos = [subject.tokenizer.bos_id] if subject.tokenizer.adds_bos else []
+  body = length - len(bos)
+  rows = [
+    (np.concatenate([bos, ids[start : start + body]]).astype(np.int32), scored - start + len(bos))
+    for ids in samples
+    for start, scored in windows(entry.protocol, len(ids), body, entry.stride, 1 - len(bos))
+  ]
+  sums = np.zeros((entry.buckets, 3))  # of count, loss and loss squared
+  bucket = np.arange(length) * entry.buckets // length
+  size = entry.batch_size
+  for i in tqdm(range(0, len(rows), size), desc=f"perplexity {length}", disable=None, leave=False):
+    group = rows[i : i + size]
+    # A last, smaller group is filled up: another shape would compile again.
+    tokens = np.stack([tokens for tokens, _ in group] + [group[0][0]] * (size - len(group)))
+    losses = np.asarray(subject.losses(tokens, length), np.float64)
+    for loss, (_, first) in zip(losses, group):
+      scored = loss[first - 1 :]  # loss[p - 1] is that of token p
+      for column, values in enumerate((np.ones_like(scored), scored, scored**2)):
+        sums[:, column] += np.bincount(bucket[first:], values, entry.buckets)
+  edges = [math.ceil(b * length / entry.buckets) for b in range(entry.buckets + 1)]
+  by_position = [
+    dict(start=a, end=b, **_summary(*s)) for a, b, s in zip(edges, edges[1:], sums) if s[0]
+  ]
+  total = sums.sum(0)
+  return dict(
+    **_summary(*total),
+    nll=total[1] / total[0],
+    windows=len(rows),
+    protocol=entry.protocol,
+    by_position=by_position,
+  )
+
+
+def _summary(count: float, total: float, squares: float) -> dict:
+  mean = total / count
+  variance = max(squares / count - mean**2, 0.0)
+  ppl = math.exp(min(mean, 700.0))
+  return dict(ppl=ppl, stderr=ppl * math.sqrt(variance / count), tokens=int(count))

@@ -1,0 +1,213 @@
+"""Training, from config to results, in the order in which it happens."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import jax
+import numpy as np
+
+from rope_jax import config as config_lib
+from rope_jax import evals, report
+from rope_jax.data import batches as batches_lib
+from rope_jax.data import corpus, tokenizer, tokens
+from rope_jax.model.config import from_config
+from rope_jax.model.llama import Llama
+from rope_jax.train import flops, sharding, state
+from rope_jax.train import step as step_lib
+from rope_jax.train.checkpoint import Checkpoints
+from rope_jax.train.metrics import Metrics
+from rope_jax.train.optimizer import optimizer, schedule
+
+
+def train(c, workdir: str) -> dict:
+  """Trains, evaluates and saves a run; continues it if the workdir holds a part of it.
+
+  Args:
+    c: a validated config.
+    workdir: gets run.json, rope.json, metrics.jsonl, TensorBoard events, checkpoints/ and
+      results.json.
+
+  Returns:
+    The results of the evaluations, as in results.json.
+
+  Raises:
+    ValueError: for settings that do not fit each other, the data, the devices or the workdir.
+    FloatingPointError: if the loss is not finite.
+  """
+  # ---- The run: new, or the one that this directory holds.
+  config_lib.write(c, workdir)
+  if c.train.steps == 0:
+    return evaluate(c, workdir)
+
+  # ---- Mesh and data. A batch is a function of the step: nothing else to save or restore.
+  mesh = sharding.make_mesh(c.mesh, c.train.batch_size // c.train.accumulation)
+  text = load_tokenizer(c, workdir)
+  directory = config_lib.data_dir(c)
+  documents = corpus.documents(c.data.source, "train", directory, c.data.text_key)
+  store = tokens.tokenize(documents, text, directory, append_eos=c.data.append_eos)
+  length = config_lib.train_length(c)
+  batches = batches_lib.Batches(
+    store,
+    length=length,
+    batch_size=c.train.batch_size,
+    packing=c.data.packing,
+    seed=c.seed,
+    min_tokens=c.data.min_tokens,
+  )
+  rows = sharding.batch_sharding(mesh)
+
+  def batch_of(step):
+    return sharding.put_rows(lambda part: batches(step, part), c.train.batch_size, rows)
+
+  # ---- Model and optimizer. The rope is data, passed to every step.
+  model, tx = Llama(from_config(c)), optimizer(c.train)
+  rope = config_lib.rope(c, length)
+  trainable, frozen = state.split(c, state.initial_variables(c, mesh, workdir))
+  placement = sharding.shardings(mesh, jax.eval_shape(tx.init, trainable))
+  opt_state = jax.jit(tx.init, out_shardings=placement)(trainable)
+
+  # ---- Resume: the newest whole checkpoint of this run, if there is one.
+  checkpoints = Checkpoints(workdir, keep=c.checkpoint.keep)
+  first = checkpoints.latest() or 0
+  if first:
+    abstract = state.abstract_of(dict(trainable=trainable, opt_state=opt_state))
+    restored = checkpoints.restore(first, **abstract)
+    trainable, opt_state = restored["trainable"], restored["opt_state"]
+
+  # ---- What is about to happen.
+  adapters = count({k: v for k, v in trainable.items() if k != "params"})
+  metrics = Metrics(
+    workdir,
+    first,
+    c.train.steps,
+    flops.train_flops_per_token(
+      model.config, length, adapters, base_is_trained="params" in trainable
+    ),
+    flops.peak_flops() and flops.peak_flops() * mesh.size,
+  )
+  metrics.say(
+    f"{report.rope_line(c)}\n"
+    f"model: {count(frozen) + count(trainable):,} parameters, {count(trainable):,} trained "
+    f"({', '.join(trainable)}); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}\n"
+    f"data: {c.data.source}, {batches.total:,} tokens; "
+    f"{c.train.batch_size} x {length:,} tokens a step\n"
+    f"workdir: {workdir}" + (f", continued after step {first}" if first else "")
+  )
+
+  # ---- The loop. Metrics of a step are read when the next is under way: the device never waits.
+  step_fn = step_lib.train_step(
+    model, tx, accumulation=c.train.accumulation, chunk=c.train.loss_chunk
+  )
+  learning_rate = schedule(c.train)
+  pending = None
+
+  def finish(pending):
+    step, values = pending
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+      raise FloatingPointError(
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the newest "
+        f"checkpoint in {workdir} is from step {checkpoints.latest() or 0}"
+      )
+    metrics.count(values.pop("tokens"))
+    if step == first + 1:  # the rest of it was compilation
+      metrics.restart_clock(step)
+    if step % c.train.log_every == 0 or step in (first + 1, c.train.steps):
+      values["learning_rate"] = float(learning_rate(step - 1))
+      metrics.log_training(step, values)
+
+  for step, batch in enumerate(batches_lib.prefetch(batch_of, first, c.train.steps), first + 1):
+    trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
+    if pending:
+      finish(pending)
+    pending = step, values
+    due = [name for name, e in c.evals.items() if e.every and step % e.every == 0]
+    saves = step % c.checkpoint.every == 0 or step == c.train.steps
+    if due or saves:
+      finish(pending)  # nothing that is not finite is ever saved
+      pending = None
+    if saves:
+      checkpoints.save(step, trainable=trainable, opt_state=opt_state)
+    if due and step < c.train.steps:
+      subject = subject_of(c, mesh, model, {**frozen, **trainable}, text)
+      for name in due:
+        metrics.write(step, _flat(name, evals.evaluate(c.evals[name], subject)))
+      metrics.restart_clock(step)
+  checkpoints.close()
+
+  # ---- The evaluations of the end.
+  results = _evaluate(c, workdir, subject_of(c, mesh, model, {**frozen, **trainable}, text))
+  for name, result in results.items():
+    metrics.write(c.train.steps, _flat(name, result))
+  metrics.close()
+  return results
+
+
+def evaluate(c, workdir: str) -> dict:
+  """The evaluations of a config on the newest checkpoint of a workdir.
+
+  If the workdir holds no run, the model of config.init_from is evaluated as it is.
+  """
+  has_run = c.train.steps and os.path.exists(os.path.join(workdir, config_lib.RUN_FILE))
+  config_lib.write(c, workdir) if has_run else os.makedirs(workdir, exist_ok=True)
+  mesh = sharding.make_mesh(c.mesh, max([e.batch_size for e in c.evals.values()], default=1))
+  text = load_tokenizer(c, workdir)
+  if has_run:
+    variables, what = state.run_variables(workdir, mesh), f"newest checkpoint of {workdir}"
+  else:
+    variables = state.initial_variables(c, mesh, workdir)
+    what = f"{c.init_from or 'a randomly initialised model'}, without training"
+  print(f"{report.rope_line(c)}\nevaluating: {what}", flush=True)
+  return _evaluate(c, workdir, subject_of(c, mesh, Llama(from_config(c)), variables, text))
+
+
+def subject_of(c, mesh, model, variables, text) -> evals.Subject:
+  """What evaluations see of a model: its tokenizer and its losses."""
+  token_loss = step_lib.token_loss(model, chunk=c.train.loss_chunk)
+
+  def losses(tokens, seq_len):
+    split = tokens.shape[0] % mesh.size == 0
+    placement = sharding.batch_sharding(mesh) if split else jax.NamedSharding(mesh, jax.P())
+    batch = jax.device_put(tokens, placement)
+    return jax.device_get(token_loss(variables, batch, config_lib.rope(c, seq_len)))
+
+  return evals.Subject(c, text, losses)
+
+
+def load_tokenizer(c, workdir: str):
+  """The tokenizer of a config, checked against the model's vocabulary."""
+  text = tokenizer.load(c.tokenizer, state.init_path(c, workdir))
+  if text.vocab_size > c.model.vocab_size:
+    raise ValueError(
+      f"config.model.vocab_size={c.model.vocab_size}: the tokenizer has {text.vocab_size} tokens"
+    )
+  return text
+
+
+def count(tree) -> int:
+  """Parameters in a tree."""
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def _evaluate(c, workdir, subject) -> dict:
+  results = {name: evals.evaluate(entry, subject) for name, entry in c.evals.items()}
+  if jax.process_index() == 0:
+    path = os.path.join(workdir, "results.json")
+    with open(path + ".tmp", "w") as f:
+      json.dump(results, f, indent=1, sort_keys=True)
+    os.replace(path + ".tmp", path)
+  return results
+
+
+def _flat(name: str, result: dict) -> dict:
+  """{'8192': {'ppl': 12.3, ...}} -> {'perplexity/8192/ppl': 12.3}, scalars only."""
+  out = {}
+  for key, value in result.items():
+    if isinstance(value, dict):
+      out |= _flat(f"{name}/{key}", value)
+    elif isinstance(value, (int, float)):
+      out[f"{name}/{key}"] = value
+  return out

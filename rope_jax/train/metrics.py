@@ -1,0 +1,95 @@
+"""Metrics to the screen, to WORKDIR/metrics.jsonl and to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import jax
+import tensorboardX
+
+
+class Metrics:
+  """Rows of numbers by step. After a resume, rows past the restored step are dropped first.
+
+  Args:
+    workdir: of the run.
+    first_step: steps already done.
+    last_step: steps of the whole run, for the time left.
+    flops_per_token: of a training step, over all devices.
+    peak_flops: of all devices together, or None if not known.
+  """
+
+  def __init__(self, workdir, first_step, last_step, flops_per_token, peak_flops):
+    self._write = jax.process_index() == 0
+    self._last_step, self._flops, self._peak = last_step, flops_per_token, peak_flops
+    self._path = os.path.join(workdir, "metrics.jsonl")
+    if self._write:
+      self._drop_rows_after(first_step)
+      self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
+      self._board = tensorboardX.SummaryWriter(workdir, purge_step=first_step + 1)
+    self._since = (time.perf_counter(), first_step, 0)
+    self._tokens = 0
+
+  def count(self, tokens: int) -> None:
+    """Counts the tokens of a step that is done."""
+    self._tokens += tokens
+
+  def restart_clock(self, step: int) -> None:
+    """Leaves what was not training (compilation, evaluation) out of the rates."""
+    self._since = (time.perf_counter(), step, self._tokens)
+
+  def log_training(self, step: int, values: dict) -> None:
+    """Adds rates to the metrics of a step, writes them and prints the progress line."""
+    now, (then, from_step, from_tokens) = time.perf_counter(), self._since
+    self._since = (now, step, self._tokens)
+    rate = (self._tokens - from_tokens) / (now - then)
+    values["tokens_per_second"] = rate
+    if self._peak:
+      values["mfu"] = rate * self._flops / self._peak
+    self.write(step, values)
+    left = (self._last_step - step) * (now - then) / max(step - from_step, 1)
+    line = f"step {step:>{len(str(self._last_step))}}/{self._last_step}"
+    line += f"  loss {values['loss']:.4f}  grad {values['grad_norm']:.2e}"
+    line += f"  lr {values['learning_rate']:.2e}  {rate:,.0f} tokens/s"
+    line += f"  MFU {values['mfu']:.1%}" if self._peak else ""
+    self.say(line + f"  ETA {_duration(left)}", progress=step < self._last_step)
+
+  def write(self, step: int, values: dict) -> None:
+    """Appends a row."""
+    if self._write:
+      self._file.write(json.dumps(dict(step=step, **values)) + "\n")
+      self._file.flush()
+      for key, value in values.items():
+        self._board.add_scalar(key, value, step)
+
+  def say(self, text: str, *, progress: bool = False) -> None:
+    """Prints a line; on a terminal, a progress line is overwritten by the next."""
+    if not self._write:
+      return
+    if sys.stdout.isatty():
+      print(f"\r\033[K{text}", end="" if progress else "\n", flush=True)
+    else:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    if self._write:
+      self._file.close()
+      self._board.close()
+
+  def _drop_rows_after(self, step: int) -> None:
+    if not os.path.exists(self._path):
+      return
+    with open(self._path) as f:
+      rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with open(self._path + ".tmp", "w") as f:
+      f.writelines(rows)
+    os.replace(self._path + ".tmp", self._path)
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

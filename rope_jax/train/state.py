@@ -1,0 +1,116 @@
+"""Variables of a run: born sharded, read from a checkpoint, or both."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+
+from rope_jax import config as config_lib
+from rope_jax.model.config import from_config
+from rope_jax.model.llama import Llama
+from rope_jax.train.checkpoint import Checkpoints
+from rope_jax.train.sharding import shardings
+from rope_jax.weights import load, locate
+
+
+def initial_variables(c, mesh, workdir: str) -> dict:
+  """Variables before the first step, by collection.
+
+  The base model comes from config.init_from, or from config.seed; adapters start as the identity,
+  except that those of a run named by init_from are taken over.
+
+  Raises:
+    ValueError: if the checkpoint does not match the config.
+  """
+  model, rope = Llama(from_config(c)), config_lib.rope(c)
+
+  def init(names):
+    variables = model.init(jax.random.key(c.seed), jnp.zeros((1, 8), jnp.int32), rope)
+    return {name: variables[name] for name in names}
+
+  abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), int), rope))
+  placed = jax.tree.map(_with_sharding, abstract, shardings(mesh, abstract))
+  given = {}
+  if c.init_from:
+    path = init_path(c, workdir)
+    if locate(path)[0] == "run":
+      given = run_variables(path, mesh)
+      if set(given) - set(abstract):
+        raise ValueError(
+          f"config.init_from={c.init_from!r} has {sorted(set(given) - set(abstract))}, which this "
+          "config does not: set lora.rank and rope.phase as that run did"
+        )
+    else:
+      load.check(c)
+      given["params"] = load.load_params(path, placed["params"], _put)
+  for name in given:
+    _check_same(c, abstract[name], given[name])
+  names = [name for name in abstract if name not in given]
+  # Only these are computed: the rest of the initialisation is dead code to the compiler.
+  made = jax.jit(lambda: init(names), out_shardings=_sharding_of({n: placed[n] for n in names}))()
+  return {name: given.get(name, made.get(name)) for name in abstract}
+
+
+def run_variables(workdir: str, mesh, step: int | None = None) -> dict:
+  """All variables of a run: its base model, with what its newest checkpoint has trained.
+
+  Raises:
+    ValueError: if there is no checkpoint.
+  """
+  c = config_lib.read(workdir)
+  variables = initial_variables(c, mesh, workdir)
+  if not c.train.steps:
+    return variables
+  checkpoints = Checkpoints(workdir)
+  step = checkpoints.latest() if step is None else step
+  if step is None:
+    raise ValueError(f"{workdir}: the run has no checkpoint yet")
+  trainable, frozen = split(c, variables)
+  restored = checkpoints.restore(step, trainable=abstract_of(trainable))
+  checkpoints.close()
+  return {**frozen, **restored["trainable"]}
+
+
+def split(c, variables: dict) -> tuple[dict, dict]:
+  """(trainable, frozen) collections, by config.train.trainable."""
+  frozen = {k: v for k, v in variables.items() if c.train.trainable == "adapters" and k == "params"}
+  return {k: v for k, v in variables.items() if k not in frozen}, frozen
+
+
+def init_path(c, workdir: str) -> str:
+  """config.init_from, 'run:NAME' being a run beside this one."""
+  if c.init_from.startswith("run:"):
+    return os.path.join(os.path.dirname(os.path.abspath(workdir)), c.init_from[len("run:") :])
+  return c.init_from
+
+
+def abstract_of(tree):
+  """Shapes, dtypes and shardings of a tree of arrays."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _with_sharding(leaf, sharding):
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _sharding_of(tree):
+  return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _put(leaf, array):
+  return jax.device_put(array, leaf.sharding)
+
+
+def _check_same(c, expected, given) -> None:
+  ours, theirs = (
+    {jax.tree_util.keystr(k): (v.shape, v.dtype) for k, v in jax.tree_util.tree_leaves_with_path(t)}
+    for t in (expected, given)
+  )
+  for key in sorted(set(ours) | set(theirs)):
+    if ours.get(key) != theirs.get(key):
+      raise ValueError(
+        f"config.init_from={c.init_from!r}: {key} is {theirs.get(key)} there and "
+        f"{ours.get(key)} by this config"
+      )

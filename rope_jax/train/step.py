@@ -1,0 +1,70 @@
+"""The jitted training step and the jitted per-token loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rope_jax.model.llama import Llama, unembedding
+from rope_jax.train.loss import token_losses
+
+
+def batch_loss(model: Llama, variables: dict, batch: dict, rope, chunk: int):
+  """Sum of the weighted token losses of a batch (see `Batches`), float32."""
+  hidden = model.apply(
+    variables, batch["tokens"], rope, batch["positions"], batch["segment_ids"]
+  )
+  losses = token_losses(hidden, unembedding(variables["params"]), batch["targets"], chunk)
+  return jnp.sum(losses * batch["weights"])
+
+
+def train_step(
+  model: Llama, optimizer: optax.GradientTransformation, *, accumulation: int, chunk: int
+) -> Callable:
+  """The step (trainable, opt_state, frozen, batch, rope) -> (trainable, opt_state, metrics).
+
+  `trainable` and `frozen` split the collections of the model; only the former has gradients and
+  optimizer state. `rope` is an argument: other factors run the same program. The gradient is that
+  of the mean loss per weighted token of the whole batch, however it is cut into micro-batches.
+  """
+
+  def step(trainable, opt_state, frozen, batch, rope):
+    def loss(trainable, micro):
+      return batch_loss(model, {**frozen, **trainable}, micro, rope, chunk)
+
+    def accumulate(carry, micro):
+      return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(trainable, micro)), None
+
+    # Strided, so that each micro-batch takes rows from every device.
+    micros = jax.tree.map(
+      lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    if accumulation == 1:
+      total, grads = jax.value_and_grad(loss)(trainable, jax.tree.map(lambda x: x[0], micros))
+    else:
+      zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+      (total, grads), _ = jax.lax.scan(accumulate, zeros, micros)
+    tokens = jnp.sum(batch["weights"])
+    grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1).astype(g.dtype), grads)
+    updates, opt_state = optimizer.update(grads, opt_state, trainable)
+    metrics = dict(
+      loss=total / jnp.maximum(tokens, 1), grad_norm=optax.global_norm(grads), tokens=tokens
+    )
+    return optax.apply_updates(trainable, updates), opt_state, metrics
+
+  return jax.jit(step, donate_argnums=(0, 1))
+
+
+def token_loss(model: Llama, *, chunk: int) -> Callable:
+  """The jitted (variables, tokens [B, L], rope) -> losses [B, L - 1] of tokens 1 .. L-1, in nats."""
+
+  def losses(variables, tokens, rope):
+    # All L tokens go through the model, the last for nothing, so that block sizes divide L.
+    hidden = model.apply(variables, tokens, rope)
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    return token_losses(hidden, unembedding(variables["params"]), targets, chunk)[:, :-1]
+
+  return jax.jit(losses)
