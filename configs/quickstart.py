@@ -11,15 +11,15 @@ from rope_jax import config
 
 def get_config():
   pretrain = _tiny()
-  pretrain.train.steps = 600
-  pretrain.train.batch_size = 32
-  pretrain.train.learning_rate = 2e-3
+  pretrain.train.steps = 700
+  pretrain.train.batch_size = 16
+  pretrain.train.learning_rate = 3e-3
   pretrain.train.schedule = "cosine"
   pretrain.train.warmup_steps = 40
   pretrain.train.weight_decay = 0.1
   pretrain.train.b2 = 0.95
   pretrain.train.log_every = 50
-  pretrain.checkpoint.every = 300
+  pretrain.checkpoint.every = 350
 
   untouched = _extended()
 
@@ -37,10 +37,10 @@ def _tiny():
   c.tokenizer = "byte"
   c.rope.original_context = c.rope.context = 128
   c.model.num_layers = 4
-  c.model.d_model = 192
-  c.model.num_heads = c.model.num_kv_heads = 4
+  c.model.d_model = 144
+  c.model.num_heads = c.model.num_kv_heads = 3
   c.model.head_dim = 48
-  c.model.d_ff = 512
+  c.model.d_ff = 400
   c.model.remat = "none"
   return c
 
@@ -60,7 +60,7 @@ def _adapted():
   c.rope.scaling = "yarn"
   c.lora.rank = 8
   c.train.trainable = "adapters"
-  c.train.steps = 100
+  c.train.steps = 80
   c.train.batch_size = 4
   c.train.learning_rate = 2e-3
   c.train.warmup_steps = 10

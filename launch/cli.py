@@ -18,14 +18,16 @@ def run(main) -> None:
   def start(argv):
     if len(argv) > 1:
       raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    file, _, arguments = config_flags.get_config_filename(flags.FLAGS["config"]), "", _arguments()
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
     name = os.path.splitext(os.path.basename(file))[0]
-    main(_CONFIG.value, "-".join(filter(None, [name, arguments.replace(os.sep, "_")])))
+    main(_CONFIG.value, "-".join(filter(None, [name, _arguments().replace(os.sep, "_")])))
 
   try:
     app.run(start, flags_parser=_parse)
   except (ValueError, FloatingPointError) as error:
     _fail(error)
+  except BrokenPipeError:  # e.g. piped into head
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def checked(name: str, function, *args):
@@ -59,10 +61,14 @@ def _parse(argv):
   except flags.Error as error:
     _fail(error)
   except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-    # ml_collections raises these for a key that is not there or a value of another type.
-    _fail(error)
+    # ml_collections raises these for a key that is not there or a value of another type; it does
+    # not say where in the config the key was looked for.
+    given = [a for a in argv[1:] if a.partition("=")[0].rpartition(".")[2] in str(error)]
+    _fail(f"{given[0]}: {error}" if given else error)
 
 
 def _fail(error) -> None:
-  print(f"error: {str(error).strip(chr(34))}", file=sys.stderr)
+  # An error inside a config file comes wrapped in its whole traceback; the last line is the error.
+  text = str(error).strip()
+  print(f"error: {text.splitlines()[-1] if 'Traceback' in text else text}", file=sys.stderr)
   sys.exit(2)

