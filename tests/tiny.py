@@ -1,0 +1,71 @@
+"""Small models and configs that the tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rope_jax import config, rope
+from rope_jax.model.config import ModelConfig
+from rope_jax.model.llama import Llama
+
+MODEL = dict(
+  vocab_size=61, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=48
+)
+
+
+def model(**options) -> Llama:
+  return Llama(ModelConfig(**{**MODEL, "block_q": 8, "block_k": 16, **options}))
+
+
+def base_rope(context=64):
+  return rope.base(head_dim=16, theta=1e4, original_context=context)
+
+
+def initial(m: Llama, seed=0):
+  """Variables as training starts from."""
+  init = jax.jit(lambda: m.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32), base_rope()))
+  return dict(init())
+
+
+def variables(m: Llama, seed=0, scale=1.0):
+  """Random variables, large enough that attention and adapters matter to the output."""
+  out = initial(m, seed)
+  out["params"] = jax.tree_util.tree_map_with_path(
+    lambda path, x: x if path[-1].key == "scale" else 10 * x, out["params"]
+  )
+  for name in set(out) - {"params"}:
+    leaves, tree = jax.tree.flatten(out[name])
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noise = [0.2 * scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    out[name] = jax.tree.unflatten(tree, noise)
+  return out
+
+
+def tokens(batch=2, length=24, seed=0, vocab=61):
+  return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
+
+
+def text_folder(path, documents=30, characters=3000):
+  """Text files with structure that a model can learn."""
+  path.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(0)
+  words = ["".join(chr(97 + i) for i in rng.integers(0, 26, rng.integers(2, 7))) for _ in range(50)]
+  for i in range(documents):
+    text = " ".join(rng.choice(words, characters // 4))[:characters]
+    (path / f"{i:03}.txt").write_text(text)
+  return str(path)
+
+
+def run_config(folder: str, **train):
+  """A config that trains a tiny byte-level model in seconds."""
+  c = config.base()
+  c.tokenizer = "byte"
+  c.data.source = folder
+  c.model.update(num_layers=2, d_model=32, d_ff=64, block_q=16, block_k=32)
+  c.rope.original_context = c.rope.context = 64
+  c.train.update(steps=6, batch_size=4, learning_rate=3e-3, log_every=1, loss_chunk=32)
+  c.train.update(train)
+  c.checkpoint.every = 3
+  c.mesh.data = 1
+  c.evals.perplexity = config.perplexity(lengths=(32, 64), stride=16, num_samples=2)
+  return c
