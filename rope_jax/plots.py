@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # no screen needed
 
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib import ticker  # noqa: E402
 
 
 def perplexity(results: dict[str, dict], path: str, *, original_context: int) -> None:
@@ -45,6 +46,8 @@ def perplexity(results: dict[str, dict], path: str, *, original_context: int) ->
   )
   for axes in (by_length, by_position):
     axes.set_yscale("log")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+      which(ticker.StrMethodFormatter("{x:g}"))
     axes.axvline(original_context, color="gray", linestyle="--", linewidth=1, label="trained window")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

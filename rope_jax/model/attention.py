@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rope_jax.model.config import ATTENTION
 
@@ -22,7 +23,7 @@ _MASKED = -1e30
 def attend(cfg, q, k, v, segment_ids=None):
   """Attention by `cfg.attention`; returns [B, L, H, E] in the dtype of q."""
   if cfg.attention == "dense":
-    return dense(q, k, v, segment_ids)
+    return checkpoint_name(dense(q, k, v, segment_ids), "attention")
   if cfg.attention == "blockwise":
     return blockwise(q, k, v, segment_ids, block_q=cfg.block_q, block_k=cfg.block_k)
   raise ValueError(f"model.attention must be one of {ATTENTION}, got {cfg.attention!r}")
@@ -101,6 +102,9 @@ def _forward(block_q, block_k, q, k, v, segment_ids):
   _, (out, logsumexp) = jax.lax.scan(query_block, None, jnp.arange(L // block_q))
   out = jnp.moveaxis(out, 0, 3).reshape(q.shape)
   logsumexp = jnp.moveaxis(logsumexp, 0, 3).reshape(B, K, G, L)
+  # Named here, where the backward pass takes them: a name on the output outside would keep a copy
+  # and still compute both again.
+  out, logsumexp = checkpoint_name(out, "attention"), checkpoint_name(logsumexp, "attention")
   return out, (q, k, v, segment_ids, out, logsumexp)
 
 

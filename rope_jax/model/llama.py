@@ -14,7 +14,6 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from rope_jax import rope as rope_lib
 from rope_jax.model import attention
@@ -107,7 +106,6 @@ class Attention(nn.Module):
     q_BxLxHxE = self._position("psc_q", q_BxLxHxE, cos, sin)
     k_BxLxKxE = self._position("psc_k", k_BxLxKxE, cos, sin)
     out_BxLxHxE = attention.attend(cfg, q_BxLxHxE, k_BxLxKxE, v_BxLxKxE, segment_ids)
-    out_BxLxHxE = checkpoint_name(out_BxLxHxE, "attention")
     return _linear(self, "o", out_BxLxHxE, dict(h=H, e=E), dict(d=D))
 
   def _position(self, name, x, cos, sin):

@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rope_jax.model import attention
+
+
+def inputs(B=2, L=50, H=4, K=2, E=8, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  shapes = ((B, L, H, E), (B, L, K, E), (B, L, K, E), (B, L, H, E))
+  return [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
+
+
+def segments(B, L, seed=0):
+  """Documents that straddle blocks, different in each row."""
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(np.cumsum(rng.random((B, L)) < 0.1, axis=1), jnp.int32)
+
+
+@pytest.mark.parametrize("L", [1, 32, 50])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 1)])
+@pytest.mark.parametrize("blocks", [(16, 16), (8, 32), (12, 16)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blockwise_equals_dense_in_value_and_gradient(L, heads, blocks, packed):
+  q, k, v, weights = inputs(L=L, H=heads[0], K=heads[1])
+  ids = segments(2, L) if packed else None
+
+  def value_and_grad(f):
+    def loss(q, k, v):
+      out = f(q, k, v)
+      return (out * weights).sum(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return out, *grads
+
+  blockwise = value_and_grad(
+    lambda *x: attention.blockwise(*x, ids, block_q=blocks[0], block_k=blocks[1])
+  )
+  dense = value_and_grad(lambda *x: attention.dense(*x, ids))
+  for ours, reference in zip(blockwise, dense):
+    np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_is_softmax_attention():
+  q, k, v, _ = (np.asarray(x, np.float64) for x in inputs(L=9))
+  ids = np.asarray(segments(2, 9, seed=3))
+  k, v = (np.repeat(x, 2, axis=2) for x in (k, v))
+  scores = np.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(8)
+  visible = np.tril(np.ones((9, 9), bool)) & (ids[:, :, None] == ids[:, None, :])
+  weights = np.where(visible[:, None], np.exp(scores), 0)
+  expected = np.einsum("bhqk,bkhe->bqhe", weights / weights.sum(-1, keepdims=True), v)
+  q, k, v, _ = inputs(L=9)
+  np.testing.assert_allclose(attention.dense(q, k, v, jnp.asarray(ids)), expected, atol=1e-5)
+
+
+def test_blockwise_survives_large_scores():
+  q, k, v, _ = inputs()
+  out = attention.blockwise(100 * q, 100 * k, v, block_q=16, block_k=8)
+  assert jnp.isfinite(out).all()
+  np.testing.assert_allclose(out, attention.dense(100 * q, 100 * k, v), atol=1e-4)
+
+
+def test_blockwise_in_bfloat16_keeps_its_softmax_in_float32():
+  q, k, v, _ = (x.astype(jnp.bfloat16) for x in inputs(L=128))
+  exact = attention.dense(*(x.astype(jnp.float32) for x in (q, k, v)))
+  out = attention.blockwise(q, k, v, block_q=16, block_k=16)
+  assert out.dtype == jnp.bfloat16
+  # Half a unit in the last place of the output, and the rounding of the weights.
+  np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=2e-2)
+
+
+def temporary_bytes(implementation, L):
+  q, k, v, _ = inputs(B=1, L=L)
+
+  def loss(q, k, v):
+    return implementation(q, k, v).sum()
+
+  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_blockwise_memory_is_linear_in_length():
+  def blockwise(*x):
+    return attention.blockwise(*x, block_q=32, block_k=32)
+
+  assert temporary_bytes(blockwise, 4096) < 2.2 * temporary_bytes(blockwise, 2048)
+  assert temporary_bytes(attention.dense, 4096) > 3.5 * temporary_bytes(attention.dense, 2048)
+
+
+def test_unknown_attention_is_refused():
+  class Config:
+    attention = "linear"
+
+  with pytest.raises(ValueError, match="model.attention.*'linear'"):
+    attention.attend(Config, *inputs()[:3])
