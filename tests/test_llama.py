@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,20 +13,26 @@ from rope_jax.model.llama import REMAT_POLICIES, unembedding
 LORA_PSC = dict(lora_rank=4, phase="psc")
 
 
-def logits(m, v, tokens, r=None, **inputs):
-  return m.apply(v, tokens, r or tiny.base_rope(), **inputs) @ unembedding(v["params"])
+@functools.partial(jax.jit, static_argnums=0)
+def apply(m, v, tokens, r=None, **inputs):
+  return m.apply(v, tokens, r or tiny.base_rope(), **inputs)
 
 
+def logits(m, v, *args, **inputs):
+  return apply(m, v, *args, **inputs) @ unembedding(v["params"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def input_gradient(m, v, tokens, output, **inputs):
   """|d (sum of the hidden state at `output`) / d (embedding of each input token)|, [L]."""
-  L = tokens.shape[1]
   table = v["params"]["embedding"][tokens[0]]  # each token gets a row of its own
 
   def hidden(table):
     own = dict(v, params=dict(v["params"], embedding=table))
-    return m.apply(own, jnp.arange(L)[None], tiny.base_rope(), **inputs)[0, output].sum()
+    ids = jnp.arange(tokens.shape[1])[None]
+    return m.apply(own, ids, tiny.base_rope(), **inputs)[0, output].sum()
 
-  return np.abs(jax.grad(hidden)(table)).sum(-1)
+  return jnp.abs(jax.grad(hidden)(table)).sum(-1)
 
 
 @pytest.mark.parametrize("attention", model_config.ATTENTION)
@@ -69,15 +77,12 @@ def test_lora_and_psc_are_the_identity_at_init_bit_for_bit(dtype):
   base = tiny.model(dtype=dtype)
   tokens = tiny.tokens()
   np.testing.assert_array_equal(
-    with_adapters.apply(v, tokens, tiny.base_rope()),
-    base.apply(dict(params=v["params"]), tokens, tiny.base_rope()),
+    apply(with_adapters, v, tokens), apply(base, dict(params=v["params"]), tokens)
   )
   changed = tiny.variables(with_adapters)
   for name in ("lora", "phase"):
     some = {**v, name: changed[name]}
-    difference = with_adapters.apply(some, tokens, tiny.base_rope()) - base.apply(
-      dict(params=v["params"]), tokens, tiny.base_rope()
-    )
+    difference = apply(with_adapters, some, tokens) - apply(base, dict(params=v["params"]), tokens)
     assert np.abs(difference).max() > 0, name
 
 
@@ -111,7 +116,7 @@ def products_in_the_gradient(remat):
   m = tiny.model(remat=remat)
   v, tokens = tiny.initial(m), tiny.tokens()
   loss = jax.grad(lambda v: m.apply(v, tokens, tiny.base_rope()).sum())
-  return loss(v), str(jax.make_jaxpr(loss)(v)).count("dot_general")
+  return jax.jit(loss)(v), str(jax.make_jaxpr(loss)(v)).count("dot_general")
 
 
 def test_remat_policies_trade_memory_for_products_and_change_no_gradient():
@@ -128,7 +133,7 @@ def test_remat_policies_trade_memory_for_products_and_change_no_gradient():
 def test_bfloat16_compute_is_close_to_float32():
   m32, m16 = tiny.model(**LORA_PSC), tiny.model(dtype="bfloat16", **LORA_PSC)
   v = tiny.initial(m32)
-  a, b = (m.apply(v, tiny.tokens(), tiny.base_rope()) for m in (m32, m16))
+  a, b = (apply(m, v, tiny.tokens()) for m in (m32, m16))
   assert b.dtype == jnp.bfloat16
   np.testing.assert_allclose(a, b.astype(jnp.float32), atol=0.06)
 

@@ -75,7 +75,7 @@ def test_unknown_initial_scale_is_refused():
 def test_calibration_before_and_after_rotation_differ():
   m = {k: tiny.model(phase="psc", psc_calibration=k) for k in ("pre", "post")}
   v = tiny.variables(m["pre"])
-  out = {k: m[k].apply(v, tiny.tokens(), tiny.base_rope()) for k in m}
+  out = {k: jax.jit(m[k].apply)(v, tiny.tokens(), tiny.base_rope()) for k in m}
   assert jnp.abs(out["pre"] - out["post"]).max() > 1e-3
 
 
@@ -87,6 +87,7 @@ def test_post_calibration_gate_reads_a_detached_copy():
   q = v["params"]["layers"]["attention"]["q"]
   direction = jax.random.normal(jax.random.key(5), q.shape)
 
+  @jax.jit
   def loss(step):
     params = jax.tree.map(lambda x: x, v["params"])
     params["layers"]["attention"]["q"] = q + step * direction

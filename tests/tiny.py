@@ -1,5 +1,7 @@
 """Small models and configs that the tests share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,24 +23,23 @@ def base_rope(context=64):
   return rope.base(head_dim=16, theta=1e4, original_context=context)
 
 
+@functools.cache
 def initial(m: Llama, seed=0):
   """Variables as training starts from."""
   init = jax.jit(lambda: m.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32), base_rope()))
   return dict(init())
 
 
-def variables(m: Llama, seed=0, scale=1.0):
+def variables(m: Llama, seed=0):
   """Random variables, large enough that attention and adapters matter to the output."""
-  out = initial(m, seed)
-  out["params"] = jax.tree_util.tree_map_with_path(
-    lambda path, x: x if path[-1].key == "scale" else 10 * x, out["params"]
-  )
-  for name in set(out) - {"params"}:
-    leaves, tree = jax.tree.flatten(out[name])
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noise = [0.2 * scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-    out[name] = jax.tree.unflatten(tree, noise)
-  return out
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(lambda: m.init(jax.random.key(0), jnp.zeros((1, 8), int), base_rope()))
+
+  def draw(path, leaf):
+    x = 0.2 * rng.normal(size=leaf.shape)
+    return jnp.asarray(1 + x if path[-1].key == "scale" else x, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, dict(shapes))
 
 
 def tokens(batch=2, length=24, seed=0, vocab=61):
