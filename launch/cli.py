@@ -1,6 +1,5 @@
 """What the entry points share: the flag --config, and errors as one line."""
 
-import json
 import os
 import sys
 
@@ -18,9 +17,9 @@ def run(main) -> None:
   def start(argv):
     if len(argv) > 1:
       raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    file, arguments = _config_argument()
     name = os.path.splitext(os.path.basename(file))[0]
-    main(_CONFIG.value, "-".join(filter(None, [name, _arguments().replace(os.sep, "_")])))
+    main(_CONFIG.value, "-".join(filter(None, [name, arguments.replace(os.sep, "_")])))
 
   try:
     app.run(start, flags_parser=_parse)
@@ -39,23 +38,32 @@ def checked(name: str, function, *args):
     raise ValueError(message) from error
 
 
+def directory(workdir: str, name: str) -> str:
+  """Where a run of a comparison lives; a run alone lives in the workdir itself."""
+  return os.path.join(workdir, name) if name else workdir
+
+
 def write_results(results: dict, workdir: str) -> None:
   """DIR/results.json: the results of the run, or of each run by name."""
-  path = os.path.join(workdir, "results.json")
-  with open(path + ".tmp", "w") as f:
-    json.dump(results.get("", results), f, indent=1, sort_keys=True)
-  os.replace(path + ".tmp", path)
+  from rope_jax.config import write_json
+
+  write_json(os.path.join(workdir, "results.json"), results.get("", results))
 
 
-def _arguments() -> str:
-  """What follows the colon in --config=FILE:ARGUMENTS."""
-  for arg in sys.argv[1:]:
-    if arg.startswith(("--config=", "-config=")):
-      return arg.partition("=")[2].partition(":")[2]
-  return ""
+def _config_argument() -> tuple[str, str]:
+  """FILE and ARGUMENTS of --config=FILE:ARGUMENTS."""
+  for arg, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+    flag, _, value = arg.partition("=")
+    if flag.lstrip("-") == "config" and arg.startswith("-"):
+      file, _, arguments = (value or following).partition(":")
+      return file, arguments
+  return "", ""
 
 
 def _parse(argv):
+  file, _ = _config_argument()
+  if file and not os.path.exists(file):
+    _fail(f"--config={file}: no such file")
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:

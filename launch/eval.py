@@ -16,17 +16,18 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; default runs
 
 def main(c, config_name):
   from rope_jax import config as config_lib
+  from rope_jax import validate
 
   workdir = WORKDIR.value or os.path.join("runs", config_name)
   runs = config_lib.runs(c)
   for name, run in runs.items():
-    cli.checked(name, config_lib.validate, run)
+    cli.checked(name, validate.validate, run)
 
   from rope_jax import report
   from rope_jax.train import loop
 
   results = {
-    name: cli.checked(name, loop.evaluate, run, os.path.join(workdir, name))
+    name: cli.checked(name, loop.evaluate, run, cli.directory(workdir, name))
     for name, run in runs.items()
   }
   cli.write_results(results, workdir)

@@ -1,6 +1,6 @@
 """Prints the resolved rope of a config: frequencies, wavelengths, attention scale.
 
-  python launch/inspect_rope.py --config=configs/psc_64k.py [--json] [--seq_len=N]
+python launch/inspect_rope.py --config=configs/psc_64k.py [--json] [--seq_len=N]
 """
 
 import json
@@ -17,19 +17,18 @@ SEQ_LEN = flags.DEFINE_integer(
 def main(c, config_name):
   del config_name
   from rope_jax import config as config_lib
-  from rope_jax import report
+  from rope_jax import report, resolve
 
   runs = config_lib.runs(c)
   described = {
-    name: cli.checked(name, config_lib.describe_rope, run, SEQ_LEN.value)
-    for name, run in runs.items()
+    name: cli.checked(name, resolve.describe, run, SEQ_LEN.value) for name, run in runs.items()
   }
   if JSON.value:
-    print(json.dumps(described[""] if "" in described else described, indent=1))
+    print(json.dumps(described.get("", described), indent=1))
     return
   for name, run in runs.items():
     print(f"{name}: " * bool(name) + report.rope_line(run))
-    print(f"{'pair':>5} {'inv_freq (rad/token)':>22} {'wavelength (tokens)':>22} {'turns in L':>12}")
+    print(f"{'pair':>5} {'inv_freq (rad/token)':>22} {'wavelength (tokens)':>22} {'turns':>12}")
     r = described[name]
     for i, (f, w) in enumerate(zip(r["inv_freq"], r["wavelengths"])):
       print(f"{i:>5} {f:>22.9g} {w:>22,.3f} {r['original_context'] / w:>12.3g}")

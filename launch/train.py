@@ -15,11 +15,12 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; default runs
 
 def main(c, config_name):
   from rope_jax import config as config_lib
+  from rope_jax import validate
 
   workdir = WORKDIR.value or os.path.join("runs", config_name)
   runs = config_lib.runs(c)
   for name, run in runs.items():
-    cli.checked(name, config_lib.validate, run)
+    cli.checked(name, validate.validate, run)
 
   from rope_jax import plots, report
   from rope_jax.train import loop
@@ -28,7 +29,7 @@ def main(c, config_name):
   for name, run in runs.items():
     if name:
       print(f"\n== {name}", flush=True)
-    results[name] = cli.checked(name, loop.train, run, os.path.join(workdir, name))
+    results[name] = cli.checked(name, loop.train, run, cli.directory(workdir, name))
   print("\n" + report.table(results))
   curves = {k: v["perplexity"] for k, v in results.items() if "perplexity" in v}
   if curves:

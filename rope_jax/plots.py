@@ -6,8 +6,8 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen needed
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib import ticker  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 
 def perplexity(results: dict[str, dict], path: str, *, original_context: int) -> None:
@@ -48,7 +48,8 @@ def perplexity(results: dict[str, dict], path: str, *, original_context: int) ->
     axes.set_yscale("log")
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
       which(ticker.StrMethodFormatter("{x:g}"))
-    axes.axvline(original_context, color="gray", linestyle="--", linewidth=1, label="trained window")
+    line = dict(color="gray", linestyle="--", linewidth=1, label="trained window")
+    axes.axvline(original_context, **line)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
   figure.savefig(path, dpi=120)

@@ -55,7 +55,6 @@ def psc_recipe(c: ConfigDict) -> None:
   c.lora.alpha = 16.0
   c.lora.targets = ("q", "k", "v", "o")
   c.data.source = "tfds:pg19"
-  c.data.text_key = "book_text"
   c.data.packing = "document"
   c.data.append_eos = False
   c.train.update(

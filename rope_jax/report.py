@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rope_jax import config as config_lib
+from rope_jax import resolve
 
 
 def rope_line(c) -> str:
   """The resolved rope in one line."""
-  r = config_lib.describe_rope(c)
+  r = resolve.describe(c)
   line = f"rope: {r['scaling']} x{r['factor']:g}" if r["scaling"] != "none" else "rope: untouched"
   line += ", resonance" if r["resonance"] else ""
   line += f", phase {r['phase']}" if r["phase"] != "none" else ""
@@ -32,9 +32,7 @@ def table(results: dict[str, dict]) -> str:
     cells.append([name or "-", *(v and f"{v['ppl']:.3f} ± {v['stderr']:.3f}" for v in values)])
   widths = [max(len(row[i] or "") for row in cells) for i in range(len(cells[0]))]
   lines = [
-    "  ".join(
-      [row[0].ljust(widths[0]), *((x or "").rjust(w) for x, w in zip(row[1:], widths[1:]))]
-    )
+    "  ".join([row[0].ljust(widths[0]), *((x or "").rjust(w) for x, w in zip(row[1:], widths[1:]))])
     for row in cells
   ]
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -148,6 +148,4 @@ def test_embeddings_are_tied_or_not():
 def test_rope_for_another_head_dim_is_refused():
   m = tiny.model()
   with pytest.raises(ValueError, match="head_dim 32"):
-    m.apply(
-      tiny.initial(m), tiny.tokens(), rope.base(head_dim=32, theta=1e4, original_context=64)
-    )
+    m.apply(tiny.initial(m), tiny.tokens(), rope.base(head_dim=32, theta=1e4, original_context=64))

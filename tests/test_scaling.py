@@ -26,9 +26,7 @@ def test_equals_golden_values_of_transformers():
   assert GOLDEN["transformers"].startswith("5.23"), "regenerate with the version that is pinned"
   assert len(GOLDEN["cases"]) > 150
   for c in GOLDEN["cases"]:
-    check_against_hf(
-      c["shape"], c["method"], c["options"], c["inv_freq"], c["attention_factor"]
-    )
+    check_against_hf(c["shape"], c["method"], c["options"], c["inv_freq"], c["attention_factor"])
 
 
 def test_equals_transformers_live():

@@ -53,9 +53,7 @@ class Batches:
       raise ValueError(f"data.min_tokens={min_tokens}: no document of {len(store)} has so many")
     self.total = int(store.lengths[self.documents].sum())
     # One token more than the sequence, for the last target; streams share it with their neighbour.
-    self.per_epoch = (
-      len(self.documents) if packing == "document" else (self.total - 1) // length
-    )
+    self.per_epoch = len(self.documents) if packing == "document" else (self.total - 1) // length
     if self.per_epoch < 1:
       raise ValueError(
         f"data.length={length}: the corpus has {self.total} tokens, too few for one sequence"

@@ -47,12 +47,10 @@ def documents(source: str, split: str, data_dir: str, text_key: str = ""):
     builder = builder_of(text_files(source), data_dir)
     builder.download_and_prepare()
     text_key = "text"
-  if builder.info.splits.get(split) is None or not builder.info.splits[split].num_examples:
-    raise ValueError(
-      f"{source} has no documents in split {split!r}; it has "
-      f"{ {k: v.num_examples for k, v in builder.info.splits.items()} }"
-    )
-  return _Documents(builder, split, text_key or _only_text_feature(builder))
+  sizes = {name: s.num_examples for name, s in builder.info.splits.items()}
+  if sizes and not sizes.get(split):
+    raise ValueError(f"{source} has no documents in split {split!r}; it has {sizes}")
+  return _Documents(builder, split, _text_feature(builder, text_key))
 
 
 def text_files(source: str) -> dict[str, str]:
@@ -83,7 +81,7 @@ class _Documents:
     self._key = text_key
     info = builder.info
     self.fingerprint = f"{info.name}-{builder.builder_config and builder.builder_config.name}"
-    self.fingerprint += f"-{info.version}-{split}-{text_key}-{info.splits[split].num_examples}"
+    self.fingerprint += f"-{info.version}-{split}-{text_key}-{len(self)}"
 
   def __len__(self) -> int:
     return len(self._source)
@@ -93,10 +91,12 @@ class _Documents:
     return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else str(text)
 
 
-def _only_text_feature(builder) -> str:
+def _text_feature(builder, key: str) -> str:
+  """The feature with the text: `key`, or the only one of type Text."""
   import tensorflow_datasets as tfds
 
-  names = [k for k, f in builder.info.features.items() if isinstance(f, tfds.features.Text)]
-  if len(names) != 1:
-    raise ValueError(f"data.text_key must be one of the text features {names}")
-  return names[0]
+  features = builder.info.features
+  texts = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
+  if key in features or (not key and len(texts) == 1):
+    return key or texts[0]
+  raise ValueError(f"config.data.text_key={key!r}: expected one of {texts or sorted(features)}")

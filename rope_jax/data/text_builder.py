@@ -30,12 +30,15 @@ class RopeJaxText(tfds.core.GeneratorBasedBuilder):
     return self.dataset_info_from_configs(features=features)
 
   def _split_generators(self, dl_manager):
-    return {split: self._generate_examples(split) for split in ("train", "validation")}
-
-  def _generate_examples(self, split):
+    splits = {}
     for name, path in self.builder_config.files.items():
-      if _split_of(name) == split and (text := read_text(path)).strip():
-        yield name, {"name": name, "text": text}
+      if read_text(path).strip():
+        splits.setdefault(_split_of(name), {})[name] = path
+    return {split: self._generate_examples(files) for split, files in splits.items()}
+
+  def _generate_examples(self, files):
+    for name, path in files.items():
+      yield name, {"name": name, "text": read_text(path)}
 
 
 def builder_of(files: dict[str, str], data_dir: str) -> RopeJaxText:

@@ -53,8 +53,8 @@ def windows(
   yield 0, first
   end = body
   while protocol == "sliding" and end < tokens:
-    scored, end = end, min(end + stride, tokens)
-    yield end - body, scored
+    scored, end = end, min(end + min(stride, body), tokens)
+    yield end - body, max(scored, end - body + first)
 
 
 def _samples(entry, subject) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Hashable; built from a config by `from_config`. The keys are explained in rope_jax/config.py."""
+  """Hashable; made by `from_config`. rope_jax/config.py explains the keys."""
 
   vocab_size: int
   num_layers: int

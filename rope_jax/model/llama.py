@@ -27,6 +27,7 @@ REMAT_POLICIES = dict(
   dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 )
 
+
 class Llama(nn.Module):
   """Decoder from token ids to final hidden states; `unembedding` gives the matrix to logits."""
 
@@ -161,9 +162,7 @@ def _linear(module: nn.Module, name: str, x: jax.Array, inputs: dict, outputs: d
   in_shape, out_shape = tuple(inputs.values()), tuple(outputs.values())
   # Projections into the residual stream start smaller, so that its scale does not grow with depth.
   stddev = 0.02 / math.sqrt(2 * cfg.num_layers) if o == "d" else 0.02
-  weight = module.param(
-    name, nn.initializers.normal(stddev), in_shape + out_shape, cfg.param_dtype
-  )
+  weight = module.param(name, nn.initializers.normal(stddev), in_shape + out_shape, cfg.param_dtype)
   y = jnp.einsum(f"bl{i},{i}{o}->bl{o}", x, weight.astype(cfg.dtype))
   if not cfg.lora_rank or name not in cfg.lora_targets:
     return y

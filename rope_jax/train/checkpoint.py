@@ -10,8 +10,8 @@ import orbax.checkpoint as ocp
 class Checkpoints:
   """Checkpoints of a run in WORKDIR/checkpoints.
 
-  A checkpoint holds 'trainable' (collections of variables) and 'opt_state'. Frozen weights are not in
-  it: they come from config.init_from again, as they did at the start.
+  A checkpoint holds 'trainable' (collections of variables) and 'opt_state'. Frozen weights are
+  not in it: they come from config.init_from again, as they did at the start.
   """
 
   def __init__(self, workdir: str, *, keep: int = 2):

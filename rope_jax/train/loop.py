@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 
 from rope_jax import config as config_lib
-from rope_jax import evals, report
+from rope_jax import evals, report, resolve
 from rope_jax.data import batches as batches_lib
 from rope_jax.data import corpus, tokenizer, tokens
 from rope_jax.model.config import from_config
@@ -39,6 +38,7 @@ def train(c, workdir: str) -> dict:
   """
   # ---- The run: new, or the one that this directory holds.
   config_lib.write(c, workdir)
+  config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
   if c.train.steps == 0:
     return evaluate(c, workdir)
 
@@ -64,7 +64,7 @@ def train(c, workdir: str) -> dict:
 
   # ---- Model and optimizer. The rope is data, passed to every step.
   model, tx = Llama(from_config(c)), optimizer(c.train)
-  rope = config_lib.rope(c, length)
+  rope = resolve.rope(c, length)
   trainable, frozen = state.split(c, state.initial_variables(c, mesh, workdir))
   placement = sharding.shardings(mesh, jax.eval_shape(tx.init, trainable))
   opt_state = jax.jit(tx.init, out_shardings=placement)(trainable)
@@ -112,9 +112,7 @@ def train(c, workdir: str) -> dict:
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the newest "
         f"checkpoint in {workdir} is from step {checkpoints.latest() or 0}"
       )
-    metrics.count(values.pop("tokens"))
-    if step == first + 1:  # the rest of it was compilation
-      metrics.restart_clock(step)
+    metrics.count(step, values.pop("tokens"))
     if step % c.train.log_every == 0 or step in (first + 1, c.train.steps):
       values["learning_rate"] = float(learning_rate(step - 1))
       metrics.log_training(step, values)
@@ -132,10 +130,10 @@ def train(c, workdir: str) -> dict:
     if saves:
       checkpoints.save(step, trainable=trainable, opt_state=opt_state)
     if due and step < c.train.steps:
-      subject = subject_of(c, mesh, model, {**frozen, **trainable}, text)
-      for name in due:
-        metrics.write(step, _flat(name, evals.evaluate(c.evals[name], subject)))
-      metrics.restart_clock(step)
+      with metrics.paused():
+        subject = subject_of(c, mesh, model, {**frozen, **trainable}, text)
+        for name in due:
+          metrics.write(step, _flat(name, evals.evaluate(c.evals[name], subject)))
   checkpoints.close()
 
   # ---- The evaluations of the end.
@@ -172,7 +170,7 @@ def subject_of(c, mesh, model, variables, text) -> evals.Subject:
     split = tokens.shape[0] % mesh.size == 0
     placement = sharding.batch_sharding(mesh) if split else jax.NamedSharding(mesh, jax.P())
     batch = jax.device_put(tokens, placement)
-    return jax.device_get(token_loss(variables, batch, config_lib.rope(c, seq_len)))
+    return jax.device_get(token_loss(variables, batch, resolve.rope(c, seq_len)))
 
   return evals.Subject(c, text, losses)
 
@@ -195,10 +193,7 @@ def count(tree) -> int:
 def _evaluate(c, workdir, subject) -> dict:
   results = {name: evals.evaluate(entry, subject) for name, entry in c.evals.items()}
   if jax.process_index() == 0:
-    path = os.path.join(workdir, "results.json")
-    with open(path + ".tmp", "w") as f:
-      json.dump(results, f, indent=1, sort_keys=True)
-    os.replace(path + ".tmp", path)
+    config_lib.write_json(os.path.join(workdir, "results.json"), results)
   return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -30,32 +31,38 @@ class Metrics:
       self._drop_rows_after(first_step)
       self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
       self._board = tensorboardX.SummaryWriter(workdir, purge_step=first_step + 1)
-    self._since = (time.perf_counter(), first_step, 0)
-    self._tokens = 0
+    self._first_step, self._tokens, self._start = first_step, 0, time.perf_counter()
 
-  def count(self, tokens: int) -> None:
-    """Counts the tokens of a step that is done."""
-    self._tokens += tokens
+  def count(self, step: int, tokens: int) -> None:
+    """Counts the tokens of a step that is done; the first of a process is mostly compilation."""
+    if step == self._first_step + 1:
+      self._start = time.perf_counter()
+    else:
+      self._tokens += tokens
 
-  def restart_clock(self, step: int) -> None:
-    """Leaves what was not training (compilation, evaluation) out of the rates."""
-    self._since = (time.perf_counter(), step, self._tokens)
+  @contextlib.contextmanager
+  def paused(self):
+    """Leaves what is not training out of the rates."""
+    began = time.perf_counter()
+    yield
+    self._start += time.perf_counter() - began
 
   def log_training(self, step: int, values: dict) -> None:
-    """Adds rates to the metrics of a step, writes them and prints the progress line."""
-    now, (then, from_step, from_tokens) = time.perf_counter(), self._since
-    self._since = (now, step, self._tokens)
-    rate = (self._tokens - from_tokens) / (now - then)
+    """Adds the rates so far to the metrics of a step, writes them, prints the progress line."""
+    # Averages since the first step: a single step cannot be timed while the next is under way.
+    seconds, steps = time.perf_counter() - self._start, step - self._first_step - 1
+    rate = self._tokens / seconds
     values["tokens_per_second"] = rate
     if self._peak:
       values["mfu"] = rate * self._flops / self._peak
     self.write(step, values)
-    left = (self._last_step - step) * (now - then) / max(step - from_step, 1)
     line = f"step {step:>{len(str(self._last_step))}}/{self._last_step}"
     line += f"  loss {values['loss']:.4f}  grad {values['grad_norm']:.2e}"
-    line += f"  lr {values['learning_rate']:.2e}  {rate:,.0f} tokens/s"
-    line += f"  MFU {values['mfu']:.1%}" if self._peak else ""
-    self.say(line + f"  ETA {_duration(left)}", progress=step < self._last_step)
+    line += f"  lr {values['learning_rate']:.2e}"
+    if steps:
+      line += f"  {rate:,.0f} tokens/s" + (f"  MFU {values['mfu']:.1%}" if self._peak else "")
+      line += f"  ETA {_duration((self._last_step - step) * seconds / steps)}"
+    self.say(line, progress=step < self._last_step)
 
   def write(self, step: int, values: dict) -> None:
     """Appends a row."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rope_jax import config as config_lib
+from rope_jax import resolve
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
 from rope_jax.train.checkpoint import Checkpoints
@@ -24,7 +25,7 @@ def initial_variables(c, mesh, workdir: str) -> dict:
   Raises:
     ValueError: if the checkpoint does not match the config.
   """
-  model, rope = Llama(from_config(c)), config_lib.rope(c)
+  model, rope = Llama(from_config(c)), resolve.rope(c)
 
   def init(names):
     variables = model.init(jax.random.key(c.seed), jnp.zeros((1, 8), jnp.int32), rope)

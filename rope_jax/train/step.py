@@ -14,9 +14,7 @@ from rope_jax.train.loss import token_losses
 
 def batch_loss(model: Llama, variables: dict, batch: dict, rope, chunk: int):
   """Sum of the weighted token losses of a batch (see `Batches`), float32."""
-  hidden = model.apply(
-    variables, batch["tokens"], rope, batch["positions"], batch["segment_ids"]
-  )
+  hidden = model.apply(variables, batch["tokens"], rope, batch["positions"], batch["segment_ids"])
   losses = token_losses(hidden, unembedding(variables["params"]), batch["targets"], chunk)
   return jnp.sum(losses * batch["weights"])
 
@@ -39,9 +37,7 @@ def train_step(
       return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(trainable, micro)), None
 
     # Strided, so that each micro-batch takes rows from every device.
-    micros = jax.tree.map(
-      lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
     if accumulation == 1:
       total, grads = jax.value_and_grad(loss)(trainable, jax.tree.map(lambda x: x[0], micros))
     else:
@@ -59,7 +55,7 @@ def train_step(
 
 
 def token_loss(model: Llama, *, chunk: int) -> Callable:
-  """The jitted (variables, tokens [B, L], rope) -> losses [B, L - 1] of tokens 1 .. L-1, in nats."""
+  """The jitted (variables, tokens [B, L], rope) -> losses [B, L - 1] of tokens 1 .. L-1 (nats)."""
 
   def losses(variables, tokens, rope):
     # All L tokens go through the model, the last for nothing, so that block sizes divide L.

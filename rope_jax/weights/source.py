@@ -24,7 +24,7 @@ class HuggingFaceSource:
     with open(os.path.join(path, "config.json")) as f:
       hf = json.load(f)
     if hf.get("model_type") != "llama":
-      raise ValueError(f"{path}: model_type {hf.get('model_type')!r} is not supported, only 'llama'")
+      raise ValueError(f"{path}: model_type {hf.get('model_type')!r} is not 'llama'")
     for key in ("attention_bias", "mlp_bias"):
       if hf.get(key):
         raise ValueError(f"{path}: {key} is not supported")

@@ -1,0 +1,110 @@
+"""What is checked before anything compiles or any data is read."""
+
+from __future__ import annotations
+
+import glob
+import os
+
+from ml_collections import ConfigDict
+
+from rope_jax import resolve
+from rope_jax.errors import check, choice
+from rope_jax.evals import EVALS
+from rope_jax.model.config import ATTENTION, LORA_TARGETS, REMAT
+from rope_jax.weights import locate
+
+
+def validate(c: ConfigDict) -> None:
+  """Checks a run's config without compiling or reading any data.
+
+  Raises:
+    ValueError: naming the key, its value and what was expected.
+  """
+  m, t, d = c.model, c.train, c.data
+  for block, keys in (
+    (c.model, "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff block_q block_k"),
+    (c.train, "batch_size accumulation loss_chunk log_every"),
+    (c.checkpoint, "every keep"),
+    (c.mesh, "fsdp"),
+  ):
+    for key in keys.split():
+      check(block[key] >= 1, f"{_name(c, block)}.{key}", block[key], "at least 1")
+  choice("model.attention", m.attention, ATTENTION)
+  choice("model.remat", m.remat, REMAT)
+  choice("model.dtype", m.dtype, ("float32", "bfloat16"))
+  choice("model.param_dtype", m.param_dtype, ("float32", "bfloat16"))
+  check(m.num_heads % m.num_kv_heads == 0, "model.num_heads", m.num_heads,
+         f"a multiple of model.num_kv_heads={m.num_kv_heads}")  # fmt: skip
+  resolve.rope(c)
+
+  check(c.lora.rank >= 0, "lora.rank", c.lora.rank, "0 (none) or positive")
+  for target in c.lora.targets:
+    choice("lora.targets", target, LORA_TARGETS)
+
+  choice("train.trainable", t.trainable, ("all", "adapters"))
+  choice("train.schedule", t.schedule, ("constant", "cosine", "linear"))
+  check(t.steps >= 0, "train.steps", t.steps, "0 or more")
+  check(t.learning_rate > 0, "train.learning_rate", t.learning_rate, "positive")
+  check(t.batch_size % t.accumulation == 0, "train.batch_size", t.batch_size,
+         f"a multiple of train.accumulation={t.accumulation}")  # fmt: skip
+  check(t.warmup_steps == 0 or t.warmup_steps < t.steps, "train.warmup_steps", t.warmup_steps,
+         f"below train.steps={t.steps}")  # fmt: skip
+  has_adapters = c.lora.rank > 0 or c.rope.phase != "none"
+  if t.steps:
+    check(t.trainable == "all" or has_adapters, "train.trainable", t.trainable,
+           "'all', since there is no adapter: lora.rank is 0 and rope.phase is 'none'")  # fmt: skip
+
+  choice("data.packing", d.packing, ("pack", "document"))
+  check(d.length >= 0, "data.length", d.length, "0 (rope.context) or positive")
+  check(d.length <= c.rope.context, "data.length", d.length,
+         f"at most rope.context={c.rope.context}")  # fmt: skip
+  if not d.source.startswith("tfds:"):
+    check(not d.text_key, "data.text_key", d.text_key, "'' unless data.source is 'tfds:NAME'")
+    check(d.source == "stdlib" or os.path.exists(d.source) or glob.glob(d.source, recursive=True),
+           "data.source", d.source, "'stdlib', 'tfds:NAME', or an existing folder, file or glob"
+    )  # fmt: skip
+  _init(c)
+  for name, entry in c.evals.items():
+    _eval(c, f"evals.{name}", entry)
+
+
+def _init(c: ConfigDict) -> None:
+  if c.init_from and not c.init_from.startswith("run:"):
+    try:
+      locate(c.init_from)
+    except ValueError as error:
+      raise ValueError(f"config.init_from={c.init_from!r}: {error}") from None
+  if not c.init_from:
+    check(c.tokenizer, "tokenizer", c.tokenizer, "named ('byte' or a path), with no init_from")
+  if c.tokenizer not in ("", "byte"):
+    check(os.path.exists(c.tokenizer), "tokenizer", c.tokenizer, "'byte' or an existing path")
+
+
+def _eval(c: ConfigDict, name: str, e: ConfigDict) -> None:
+  choice(f"{name}.type", e.type, EVALS)
+  choice(f"{name}.protocol", e.protocol, ("sliding", "sliding_all", "truncate"))
+  for key in ("stride", "num_samples", "buckets", "batch_size"):
+    check(e[key] >= 1, f"{name}.{key}", e[key], "at least 1")
+  for key in ("every", "start", "document_tokens"):
+    check(e[key] >= 0, f"{name}.{key}", e[key], "0 or more")
+  check(e.lengths and all(isinstance(n, int) and n > 1 for n in e.lengths), f"{name}.lengths",
+         e.lengths, "token counts above 1, e.g. 8192,16384")  # fmt: skip
+  check(max(e.lengths) <= c.rope.context, f"{name}.lengths", e.lengths,
+         f"at most rope.context={c.rope.context}; raise it and fix rope.factor to go beyond what "
+         "the method was built for")  # fmt: skip
+  check(e.document_tokens == 0 or e.document_tokens >= max(e.lengths), f"{name}.document_tokens",
+         e.document_tokens, f"0 or at least the longest length, {max(e.lengths)}")  # fmt: skip
+  if e.protocol == "sliding":
+    check(e.stride <= min(e.lengths), f"{name}.stride", e.stride,
+           f"at most the shortest length, {min(e.lengths)}: else tokens are left out")  # fmt: skip
+  if e.protocol == "truncate":
+    check(e.document_tokens == 0, f"{name}.document_tokens", e.document_tokens,
+           "0 under protocol 'truncate', which reads one window a document")  # fmt: skip
+  if not e.files.startswith("tfds:"):
+    for pattern in filter(None, e.files.split(",")):
+      check(glob.glob(pattern.strip(), recursive=True), f"{name}.files", pattern,
+             "an existing file or a glob that matches")  # fmt: skip
+
+
+def _name(c: ConfigDict, block: ConfigDict) -> str:
+  return next(name for name in c if c[name] is block)

@@ -1,0 +1,258 @@
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+from conftest import ROOT
+from ml_collections import ConfigDict
+
+from rope_jax import config, resolve, rope, validate
+from rope_jax.evals import EVALS
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+ARGUMENTS = {
+  "smollm2_16k": ["scaling=pi,phase=none", "scaling=none,phase=none,rank=0", "runlocal"],
+  "psc_64k": ["scaling=pi", "phase=none,rank=72", "scaling=ntk"],
+}
+
+
+def load(path, arg=None):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg) if arg is not None else module.get_config()
+
+
+def built():
+  for path in CONFIGS:
+    yield pytest.param(path, None, id=path.stem)
+    for arg in ARGUMENTS.get(path.stem, []):
+      yield pytest.param(path, arg, id=f"{path.stem}:{arg}")
+
+
+@pytest.mark.parametrize("path, arg", built())
+def test_every_config_is_valid_and_says_what_it_is(path, arg):
+  assert path.stem in ast.get_docstring(ast.parse(path.read_text())) and "python launch/" in (
+    path.read_text()
+  )
+  for c in config.runs(load(path, arg)).values():
+    if c.init_from == "Llama-2-7b-hf":  # not on every machine
+      with pytest.raises(ValueError, match="config.init_from"):
+        validate.validate(c)
+      c.init_from = "smollm2-135m"
+    validate.validate(c)
+
+
+def test_configs_import_only_rope_jax():
+  for path in CONFIGS:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import | ast.ImportFrom):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+        assert {n.split(".")[0] for n in names} == {"rope_jax"}, path
+
+
+def test_psc_64k_is_the_released_recipe():
+  c = load(ROOT / "configs" / "psc_64k.py")
+  t, r = c.train, c.rope
+  assert (r.scaling, resolve.factor(c), r.context, r.original_context) == ("yarn", 16, 65536, 4096)
+  assert (r.phase, r.psc.calibration, r.psc.init) == ("psc", "pre", "released")
+  assert (c.lora.rank, c.lora.alpha, c.lora.targets) == (8, 16.0, ("q", "k", "v", "o"))
+  assert (t.batch_size, t.learning_rate, t.schedule, t.warmup_steps) == (16, 2e-4, "constant", 20)
+  assert (t.steps, t.weight_decay, t.clip, t.trainable) == (3000, 0.0, 1.0, "adapters")
+  assert (c.data.packing, c.data.append_eos, c.seed) == ("document", False, 42)
+
+
+def test_rank_matched_control_has_as_many_parameters():
+  psc = rope.psc_parameter_count(32, 32, 32, 128)
+  lora = {rank: 4 * 2 * 4096 * rank * 32 for rank in (8, 72)}
+  assert lora[8] + psc == lora[72]
+
+
+def leaves(c, prefix=""):
+  for key in c:
+    if isinstance(c[key], ConfigDict):
+      yield from leaves(c[key], f"{prefix}{key}.")
+    else:
+      yield prefix + key
+
+
+def test_every_key_is_read():
+  """By name, somewhere in the package other than where it is given its default."""
+  read = set()
+  for path in (ROOT / "rope_jax").rglob("*.py"):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        read.add(node.attr)
+  c = config.base()
+  c.evals.perplexity = config.perplexity()
+  # Options of methods go to the function of that name, by its signature.
+  methods = {f"rope.{name}" for name in rope.SCALINGS}
+  unread = [
+    key for key in leaves(c)
+    if key.rpartition(".")[2] not in read and key.rpartition(".")[0] not in methods
+  ]  # fmt: skip
+  assert not unread
+
+
+def test_method_options_reach_the_method():
+  c = config.base()
+  c.model.head_dim = 128
+  c.rope.update(scaling="yarn", context=8192)
+  plain = resolve.rope(c)
+  for key, value in dict(
+    beta_fast=16.0, beta_slow=2.0, truncate=False, ramp="rotation", attention_factor=1.5
+  ).items():
+    changed = config.base()
+    changed.model.head_dim = 128
+    changed.rope.update(scaling="yarn", context=8192)
+    changed.rope.yarn[key] = value
+    r = resolve.rope(changed)
+    assert (r.inv_freq != plain.inv_freq).any() or r.attention_scale != plain.attention_scale
+
+
+def test_resonance_is_applied_last():
+  c = config.base()
+  c.rope.update(scaling="yarn", context=8192, resonance=True)
+  assert [name for name, _ in resolve.rope(c).history] == ["yarn", "resonance"]
+
+
+def change(c, key, value):
+  block = c
+  *parents, leaf = key.split(".")
+  for parent in parents:
+    block = block[parent]
+  block[leaf] = value
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"rope.scaling": "yorn"}, "rope.scaling='yorn'.*'yarn'"),
+    ({"rope.phase": "pcs"}, "rope.phase='pcs'"),
+    ({"rope.context": 32}, "rope.context=32.*original_context=64"),
+    ({"rope.scaling": "pi"}, "rope.context=64.*above"),
+    ({"rope.scaling": "pi", "rope.factor": 0.5}, "rope.factor=0.5"),
+    ({"rope.factor": 2.0}, "rope.factor=2.0.*scaling='none'"),
+    ({"rope.theta": 0.5}, "theta.*0.5"),
+    ({"rope.yarn.beta_fast": 8.0}, "rope.yarn.beta_fast=8.0.*scaling='none'"),
+    ({"rope.psc.calibration": "post"}, "rope.psc.calibration='post'"),
+    ({"rope.psc.init": "huge", "rope.phase": "psc"}, "rope.psc.init='huge'"),
+    ({"model.head_dim": 15}, "head_dim.*15"),
+    ({"model.num_kv_heads": 3}, "model.num_heads=4.*num_kv_heads=3"),
+    ({"model.remat": "some"}, "model.remat='some'"),
+    ({"model.attention": "flash"}, "model.attention='flash'"),
+    ({"model.dtype": "float16"}, "model.dtype='float16'"),
+    ({"model.num_layers": 0}, "model.num_layers=0"),
+    ({"lora.rank": -1}, "lora.rank=-1"),
+    ({"lora.targets": ("q", "x")}, "lora.targets='x'"),
+    ({"train.trainable": "lora"}, "train.trainable='lora'"),
+    ({"train.trainable": "adapters"}, "train.trainable='adapters'.*no adapter"),
+    ({"train.schedule": "step"}, "train.schedule='step'"),
+    ({"train.accumulation": 3}, "train.batch_size=4.*accumulation=3"),
+    ({"train.warmup_steps": 6}, "train.warmup_steps=6.*steps=6"),
+    ({"train.learning_rate": 0.0}, "train.learning_rate=0.0"),
+    ({"data.packing": "tight"}, "data.packing='tight'"),
+    ({"data.length": 128}, "data.length=128.*context=64"),
+    ({"data.source": "/nowhere"}, "data.source='/nowhere'"),
+    ({"data.text_key": "book"}, "data.text_key='book'"),
+    ({"init_from": "/nowhere"}, "init_from='/nowhere'"),
+    ({"tokenizer": ""}, "tokenizer=''"),
+    ({"tokenizer": "/nowhere"}, "tokenizer='/nowhere'"),
+    ({"evals.perplexity.protocol": "slide"}, "evals.perplexity.protocol='slide'"),
+    ({"evals.perplexity.lengths": (32, 128)}, r"evals.perplexity.lengths=\(32, 128\).*context=64"),
+    ({"evals.perplexity.lengths": ()}, r"evals.perplexity.lengths=\(\)"),
+    ({"evals.perplexity.files": "/no/*.txt"}, "evals.perplexity.files='/no/"),
+    ({"evals.perplexity.stride": 33}, "evals.perplexity.stride=33"),
+    ({"evals.perplexity.document_tokens": 63}, "evals.perplexity.document_tokens=63"),
+    ({"evals.perplexity.type": "ppl"}, "evals.perplexity.type='ppl'"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep=0"),
+  ],
+  ids=lambda x: "+".join(x) if isinstance(x, dict) else "",
+)
+def test_bad_settings_are_refused_by_key(tmp_path, changes, message):
+  c = tiny.run_config(tiny.text_folder(tmp_path / "text", documents=1))
+  validate.validate(c)
+  for key, value in changes.items():
+    change(c, key, value)
+  with pytest.raises(ValueError, match=f"config.{message}|config.rope: .*{message}"):
+    validate.validate(c)
+
+
+def test_keys_cannot_be_misspelt():
+  c = config.base()
+  with pytest.raises((AttributeError, KeyError), match="scalng"):
+    c.rope.scalng = "pi"
+  with pytest.raises((AttributeError, KeyError), match="length"):
+    config.perplexity(length=(5,))
+
+
+def test_arguments_are_typed_and_known():
+  arg = config.arguments("rank=16,runlocal", rank=8, scaling="yarn", runlocal=False)
+  assert (arg.rank, arg.scaling, arg.runlocal) == (16, "yarn", True)
+  with pytest.raises(ValueError, match="'rnk'.*rank"):
+    config.arguments("rnk=4", rank=8)
+  with pytest.raises(ValueError, match="rank='x'.*int"):
+    config.arguments("rank=x", rank=8)
+
+
+def test_evaluations_are_known_by_modules_that_exist():
+  for module in EVALS.values():
+    assert callable(importlib.import_module(module).evaluate)
+
+
+def launch(script, *args):
+  return subprocess.run(
+    [sys.executable, ROOT / "launch" / script, *args], capture_output=True, text=True, cwd=ROOT
+  )
+
+
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (["--config=configs/quickstart.py", "--config.runs.pretrain.train.stps=1"], "train.stps=1"),
+    (["--config=configs/quickstart.py", "--config.runs.untouched.rope.scaling=yorn"],
+     "config.runs.untouched.rope.scaling='yorn'"),
+    (["--config=configs/quickstart.py", "--config.runs.yarn_lora.rope.factor=0.1"],
+     "config.runs.yarn_lora.rope.factor=0.1"),
+    (["--config=configs/quickstart.py", "--config.runs.yarn_lora.rope.context=64"],
+     "config.runs.yarn_lora.rope.context=64"),
+    (["--config=configs/psc_64k.py"], "config.init_from='Llama-2-7b-hf'"),
+    (["--config=configs/psc_64k.py:phse=none"], "'phse'"),
+    (["--config=configs/nothing.py"], "nothing.py"),
+    (["--config=configs/quickstart.py", "--config.runs.pretrain.train.steps=many"], "many"),
+    ([], "--config"),
+  ],
+)  # fmt: skip
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_entry_points_fail_with_one_line_before_anything_heavy(tmp_path, script, args, message):
+  done = launch(script, *args, f"--workdir={tmp_path}/run")
+  assert done.returncode == 2 and message in done.stderr, done.stderr
+  assert "Traceback" not in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_validation_imports_nothing_heavy():
+  code = """
+import sys
+from rope_jax import config, validate
+c = config.base()
+c.tokenizer = "byte"
+validate.validate(c)
+print([m for m in ("flax", "orbax", "optax", "tensorflow_datasets") if m in sys.modules])
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.stdout.strip() == "[]", done
+
+
+def test_inspect_rope_prints_json_and_nothing_else():
+  done = launch("inspect_rope.py", "--config=configs/psc_64k.py", "--json")
+  printed = json.loads(done.stdout)
+  keys = "inv_freq attention_scale wavelengths scaling factor theta head_dim original_context"
+  assert set(f"{keys} context resonance phase".split()) <= set(printed)
+  expected = rope.yarn(rope.base(head_dim=128, theta=1e4, original_context=4096), 16)
+  assert printed["inv_freq"] == expected.inv_freq.tolist()
+  assert printed["attention_scale"] == expected.attention_scale

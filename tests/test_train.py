@@ -1,0 +1,330 @@
+import json
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from rope_jax import config, resolve
+from rope_jax.data.tokenizer import ByteTokenizer
+from rope_jax.model.config import from_config
+from rope_jax.model.llama import Llama
+from rope_jax.train import flops, loop, sharding, state
+from rope_jax.train import step as step_lib
+from rope_jax.train.optimizer import optimizer, schedule
+
+
+def batch(rows=8, length=24, seed=0):
+  rng = np.random.default_rng(seed)
+  ids = rng.integers(0, 61, (rows, length + 1)).astype(np.int32)
+  return dict(
+    tokens=ids[:, :-1],
+    targets=ids[:, 1:],
+    positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+    segment_ids=np.zeros((rows, length), np.int32),
+    weights=(rng.random((rows, length)) < 0.8).astype(np.float32),
+  )
+
+
+SGD = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+
+
+def take_step(m, v, b, *, trainable=("params", "lora", "phase"), accumulation=1, steps=1, tx=SGD):
+  train = {k: jax.tree.map(jnp.array, v[k]) for k in trainable if k in v}
+  frozen = {k: x for k, x in v.items() if k not in train}
+  f = step_lib.train_step(m, tx, accumulation=accumulation, chunk=16)
+  opt_state = tx.init(train)
+  for _ in range(steps):
+    train, opt_state, metrics = f(train, opt_state, frozen, b, tiny.base_rope())
+  return {**frozen, **train}, metrics
+
+
+def assert_close(a, b, **tolerance):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+ADAPTED = dict(lora_rank=4, phase="psc")
+
+
+def test_the_loss_is_the_mean_over_weighted_tokens():
+  m, b = tiny.model(), batch()
+  v = tiny.variables(m)
+  _, metrics = take_step(m, v, b)
+  logits = jax.jit(m.apply)(v, b["tokens"], tiny.base_rope()) @ v["params"]["lm_head"]
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, b["targets"])
+  expected = (losses * b["weights"]).sum() / b["weights"].sum()
+  np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+  assert metrics["tokens"] == b["weights"].sum()
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_equals_the_whole_batch(accumulation):
+  m, b = tiny.model(**ADAPTED), batch()
+  v = tiny.variables(m)
+  whole, metrics = take_step(m, v, b)
+  parts, part_metrics = take_step(m, v, b, accumulation=accumulation)
+  assert_close(whole, parts, rtol=1e-4, atol=1e-6)
+  assert_close(metrics, part_metrics, rtol=1e-5)
+
+
+def test_frozen_parameters_do_not_move_by_one_bit_and_adapters_do():
+  m = tiny.model(**ADAPTED)
+  v = {k: jax.tree.map(np.asarray, x) for k, x in tiny.initial(m).items()}
+  after, _ = take_step(m, v, batch(), trainable=("lora", "phase"), steps=3, tx=optax.adam(1e-2))
+  jax.tree.map(np.testing.assert_array_equal, v["params"], after["params"])
+  for name in ("lora", "phase"):  # after a step, B and U are not zero, so A and D move, too
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), v[name], after[name])
+    assert all(jax.tree.leaves(moved)), (name, moved)
+
+
+def test_no_gradient_of_a_frozen_matrix_is_computed():
+  m, b = tiny.model(**ADAPTED, num_layers=1), batch()
+  v = tiny.variables(m)
+
+  def products(trainable):
+    def loss(train):
+      variables = {**v, **train}
+      return step_lib.batch_loss(m, variables, b, tiny.base_rope(), 16)
+
+    text = jax.jit(jax.grad(loss)).lower({k: v[k] for k in trainable}).compile().as_text()
+    return text.count(" dot(") + text.count("custom-call") + text.count("ynn")
+
+  assert products(("lora", "phase")) < products(("params", "lora", "phase"))
+
+
+@pytest.mark.parametrize("mesh_shape", [(8, 1), (2, 4), (1, 8)])
+def test_a_sharded_step_equals_the_unsharded_step(mesh_shape):
+  m = tiny.model(**ADAPTED, vocab_size=64, d_model=32, head_dim=16, num_layers=2)
+  v, b = tiny.variables(m), batch()
+  expected, metrics = take_step(m, v, b)
+  mesh = jax.make_mesh(mesh_shape, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  placed = jax.device_put(v, sharding.shardings(mesh, v))
+  rows = sharding.put_rows(
+    lambda part: {k: x[part] for k, x in b.items()}, 8, sharding.batch_sharding(mesh)
+  )
+  np.testing.assert_array_equal(rows["tokens"], b["tokens"])
+  got, got_metrics = take_step(m, placed, rows)
+  assert_close(expected, got, rtol=1e-4, atol=1e-5)
+  assert_close(metrics, got_metrics, rtol=1e-5)
+  if mesh_shape[1] > 1:
+    q = placed["params"]["layers"]["attention"]["q"]
+    assert q.addressable_shards[0].data.size == q.size // mesh_shape[1]
+
+
+def test_a_mesh_that_does_not_fit_is_refused_by_key():
+  mesh = config.base().mesh
+  mesh.fsdp = 3
+  with pytest.raises(ValueError, match="config.mesh.fsdp=3.*8 devices"):
+    sharding.make_mesh(mesh, 8)
+  mesh.update(fsdp=4, data=4)
+  with pytest.raises(ValueError, match="needs 16 devices"):
+    sharding.make_mesh(mesh, 16)
+  mesh.update(fsdp=4, data=2)
+  with pytest.raises(ValueError, match="batch_size.*6 sequences"):
+    sharding.make_mesh(mesh, 6)
+  mesh.update(fsdp=1, data=-1)
+  assert sharding.make_mesh(mesh, 6).shape == {"data": 2, "fsdp": 1}
+  mesh.update(fsdp=8)
+  with pytest.raises(ValueError, match="config.mesh.fsdp=8 does not divide dimension 12"):
+    sharding.shardings(sharding.make_mesh(mesh, 8), dict(params=dict(embedding=np.zeros((5, 12)))))
+
+
+@pytest.mark.parametrize(
+  "name, expected",
+  [
+    ("constant", [0.0, 0.5, 1.0, 1.0, 1.0]),
+    ("linear", [0.0, 0.5, 1.0, 0.6, 0.2]),
+    ("cosine", [0.0, 0.5, 1.0, 0.6, 0.2]),
+  ],
+)
+def test_schedules_warm_up_and_end_where_they_should(name, expected):
+  t = config.base().train
+  t.update(schedule=name, steps=12, warmup_steps=2, learning_rate=1.0)
+  t.final_learning_rate = 0.2
+  got = [float(schedule(t)(step)) for step in (0, 1, 2, 7, 12)]
+  np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_weight_decay_spares_norms():
+  t = config.base().train
+  t.update(steps=1, weight_decay=0.5, learning_rate=0.1)
+  params = dict(params=dict(q=jnp.ones((2, 2)), norm=dict(scale=jnp.ones(2))))
+  tx = optimizer(t)
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zero, tx.init(params), params)
+  np.testing.assert_allclose(updates["params"]["q"], -0.05, rtol=1e-6)
+  assert not updates["params"]["norm"]["scale"].any()
+
+
+def test_clipping_bounds_the_update_and_can_be_off():
+  t = config.base().train
+  t.update(steps=1)
+  big = dict(q=jnp.full((2, 2), 1e3))
+  for clip, chained in ((1.0, True), (0.0, False)):
+    t.clip = clip
+    assert (len(optimizer(t).init(big)) == 2) == chained
+
+
+def test_train_flops_are_six_a_parameter_and_a_token():
+  m = from_config(config.base())
+  base = flops.train_flops_per_token(m, 0, 0, base_is_trained=True)
+  params = tiny.initial(Llama(m))["params"]
+  matrices = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 2) + params["embedding"].size
+  assert base == 6 * matrices
+  assert flops.train_flops_per_token(m, 0, 10, base_is_trained=False) == 4 * matrices + 60
+  attention = flops.train_flops_per_token(m, 100, 0, base_is_trained=True) - base
+  assert attention == m.num_layers * 3 * 2 * 2 * (100 // 2) * m.num_heads * m.head_dim
+
+
+# ---- Whole runs.
+
+
+def final_state(workdir, c):
+  mesh = sharding.make_mesh(c.mesh, c.train.batch_size)
+  return jax.tree.map(np.asarray, state.run_variables(str(workdir), mesh))
+
+
+def rows_of(workdir):
+  with open(os.path.join(workdir, "metrics.jsonl")) as f:
+    rows = [json.loads(line) for line in f]
+  for row in rows:  # times differ, nothing else may
+    row.pop("tokens_per_second", None)
+  return rows
+
+
+def adapted_config(folder):
+  c = tiny.run_config(folder)
+  c.lora.rank = 4
+  c.rope.phase = "psc"
+  c.rope.scaling = "yarn"
+  c.rope.original_context = 16
+  c.train.trainable = "adapters"
+  return c
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tiny.text_folder(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize("make", [tiny.run_config, adapted_config])
+def test_resume_is_bitwise(tmp_path, folder, make, monkeypatch):
+  c = make(folder)
+  whole = loop.train(c, str(tmp_path / "whole"))
+
+  class Killed(BaseException):
+    pass
+
+  calls = []
+  real = step_lib.train_step
+
+  def dying(*args, **kwargs):
+    step = real(*args, **kwargs)
+
+    def call(*inputs):
+      calls.append(1)
+      if len(calls) == 6:
+        raise Killed
+      return step(*inputs)
+
+    return call
+
+  with monkeypatch.context() as patch:
+    patch.setattr(step_lib, "train_step", dying)
+    with pytest.raises(Killed):
+      loop.train(c, str(tmp_path / "cut"))
+  resumed = loop.train(c, str(tmp_path / "cut"))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_state(tmp_path / "whole", c),
+    final_state(tmp_path / "cut", c),
+  )
+  assert resumed == whole
+  assert (tmp_path / "whole/results.json").read_text() == (
+    tmp_path / "cut/results.json"
+  ).read_text()
+  assert [r for r in rows_of(tmp_path / "whole") if "loss" in r] == [
+    r for r in rows_of(tmp_path / "cut") if "loss" in r
+  ]
+
+
+def test_training_learns_and_is_evaluated_as_by_eval(tmp_path, folder):
+  c = tiny.run_config(folder, steps=60, log_every=10)
+  untrained = loop.evaluate(c, str(tmp_path / "none"))
+  results = loop.train(c, str(tmp_path / "run"))
+  losses = [r["loss"] for r in rows_of(tmp_path / "run") if "loss" in r]
+  assert losses[-1] < 0.7 * losses[0]
+  assert results["perplexity"]["64"]["ppl"] < 0.5 * untrained["perplexity"]["64"]["ppl"]
+  assert untrained["perplexity"]["64"]["ppl"] == pytest.approx(256, rel=0.1)
+  assert loop.evaluate(c, str(tmp_path / "run")) == results
+  assert json.loads((tmp_path / "run/results.json").read_text()) == results
+  rope = json.loads((tmp_path / "run/rope.json").read_text())
+  assert rope["inv_freq"] == resolve.rope(c).inv_freq.tolist()
+  assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_evaluations_run_during_training_when_due(tmp_path, folder):
+  c = tiny.run_config(folder, steps=5)
+  c.evals.perplexity.every = 2
+  loop.train(c, str(tmp_path))
+  steps = [r["step"] for r in rows_of(tmp_path) if "perplexity/64/ppl" in r]
+  assert steps == [2, 4, 5]
+
+
+def test_a_run_starts_from_another_run(tmp_path, folder):
+  loop.train(tiny.run_config(folder), str(tmp_path / "base"))
+  c = adapted_config(folder)
+  c.init_from = "run:base"
+  loop.train(c, str(tmp_path / "adapted"))
+  base = final_state(tmp_path / "base", c)["params"]
+  jax.tree.map(np.testing.assert_array_equal, base, final_state(tmp_path / "adapted", c)["params"])
+  c.init_from = str(tmp_path / "adapted")
+  c.lora.rank, c.rope.phase, c.train.trainable = 0, "none", "all"
+  with pytest.raises(ValueError, match="init_from.*'lora', 'phase'"):
+    loop.train(c, str(tmp_path / "third"))
+
+
+def test_a_workdir_with_another_run_is_refused_by_key(tmp_path, folder):
+  c = tiny.run_config(folder)
+  config.write(c, str(tmp_path))
+  c.evals.perplexity.num_samples = 1  # evaluations may change
+  config.write(c, str(tmp_path))
+  c.train.learning_rate = 1.0
+  with pytest.raises(ValueError, match="config.train.learning_rate=1.0 .was 0.003"):
+    loop.train(c, str(tmp_path))
+
+
+def test_a_config_survives_its_file(tmp_path, folder):
+  c = adapted_config(folder)
+  c.rope.factor = 3.0
+  c.rope.yarn.mscale = c.rope.yarn.mscale_all_dim = 0.5
+  config.write(c, str(tmp_path))
+  assert config.read(str(tmp_path)).to_dict() == c.to_dict()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, folder):
+  c = tiny.run_config(folder, learning_rate=1e30, clip=0.0)
+  with pytest.raises(FloatingPointError, match=r"step \d: loss .*newest checkpoint"):
+    loop.train(c, str(tmp_path))
+  assert not [d for d in os.listdir(tmp_path / "checkpoints") if d.isdigit() and int(d) >= 6]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, folder, monkeypatch):
+  c = tiny.run_config(folder)
+  monkeypatch.setattr(ByteTokenizer, "vocab_size", 300)
+  with pytest.raises(ValueError, match="config.model.vocab_size=256.*300"):
+    loop.train(c, str(tmp_path))
+
+
+def test_length_dependent_ropes_are_resolved_for_each_length(tmp_path, folder):
+  c = tiny.run_config(folder, steps=0)
+  c.rope.update(original_context=16, scaling="dynamic_ntk", factor=2.0)
+  seen = {n: resolve.rope(c, n).inv_freq for n in (8, 16, 32, 64)}
+  np.testing.assert_array_equal(seen[8], seen[16])
+  assert (seen[32][1:] < seen[16][1:]).all() and (seen[64][1:] < seen[32][1:]).all()
+  results = loop.evaluate(c, str(tmp_path))["perplexity"]
+  assert set(results) == {"32", "64"} and math.isfinite(results["64"]["ppl"])
