@@ -1,0 +1,146 @@
+"""A real pretrained Llama, SmolLM2-135M, against transformers on the same file and text."""
+
+import functools
+import math
+import os
+import pydoc_data.topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rope_jax import config, presets, resolve, weights
+from rope_jax.data import tokenizer
+from rope_jax.model.config import from_config
+from rope_jax.model.llama import Llama, unembedding
+from rope_jax.train import loop, sharding, state
+
+pytestmark = pytest.mark.slow
+
+# The same ropes in both: (our scaling, transformers' rope_parameters).
+THETA = 100_000.0
+ROPES = dict(
+  none=dict(rope_type="default", rope_theta=THETA),
+  pi=dict(rope_type="linear", rope_theta=THETA, factor=2.0),
+  yarn=dict(rope_type="yarn", rope_theta=THETA, factor=2.0, original_max_position_embeddings=8192),
+  ntk=dict(rope_type="default", rope_theta=THETA * 2 ** (64 / 62)),  # a larger base, no more
+)
+
+
+def text():
+  """English prose that comes with Python."""
+  topics = pydoc_data.topics.topics
+  return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+@functools.cache
+def ids(length):
+  return tokenizer.load("", "smollm2-135m").encode(text())[:length]
+
+
+def smollm2(scaling):
+  c = config.base()
+  presets.smollm2_135m(c)
+  c.rope.scaling = scaling
+  c.rope.context = 16_384
+  return c
+
+
+@functools.cache
+def our_params():
+  c = smollm2("none")
+  mesh = sharding.make_mesh(c.mesh, 1)
+  return state.initial_variables(c, mesh, "")["params"]
+
+
+def their_model(parameters):
+  import torch
+  from transformers import AutoConfig, AutoModelForCausalLM
+
+  path = weights.locate("smollm2-135m")[1]
+  directory, file = os.path.split(path)
+  hf = AutoConfig.from_pretrained(directory, gguf_file=file)
+  hf.rope_parameters = dict(parameters)
+  if parameters["rope_type"] != "default":
+    hf.max_position_embeddings = 16_384
+  return AutoModelForCausalLM.from_pretrained(
+    directory, gguf_file=file, config=hf, dtype=torch.float32
+  ).eval()
+
+
+def their_logits(model, tokens):
+  import torch
+
+  with torch.no_grad():
+    return model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0].numpy()
+
+
+@pytest.mark.parametrize("scaling", ROPES)
+def test_logits_equal_transformers(scaling):
+  c = smollm2(scaling)
+  tokens = ids(2048)
+  model = Llama(from_config(c))
+  run = jax.jit(
+    lambda params, r: model.apply(dict(params=params), tokens[None], r)[0] @ unembedding(params)
+  )
+  ours = np.asarray(run(our_params(), resolve.rope(c)))
+  theirs = their_logits(their_model(ROPES[scaling]), tokens)
+  assert np.abs(theirs).max() > 10
+  np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_perplexity_of_16k_tokens_equals_transformers(tmp_path):
+  import torch
+
+  length = 16_384
+  (tmp_path / "prose.txt").write_text(text())
+  c = smollm2("yarn")
+  c.evals.perplexity = config.perplexity(
+    files=str(tmp_path / "prose.txt"), lengths=(length,), protocol="truncate"
+  )
+  ours = loop.evaluate(c, str(tmp_path / "run"))["perplexity"][str(length)]
+  tokens = torch.tensor(ids(length), dtype=torch.long)
+  model = their_model(ROPES["yarn"])
+  with torch.no_grad():
+    hidden = model.model(tokens[None]).last_hidden_state[0, :-1]
+    losses = [
+      torch.nn.functional.cross_entropy(
+        model.lm_head(hidden[i : i + 2048]), tokens[1:][i : i + 2048], reduction="sum"
+      )
+      for i in range(0, length - 1, 2048)
+    ]
+  theirs = math.exp(sum(x.item() for x in losses) / (length - 1))
+  assert ours["tokens"] == length - 1
+  assert ours["ppl"] == pytest.approx(theirs, rel=2e-3)
+
+
+def test_says_paris():
+  c = smollm2("none")
+  t = tokenizer.load("", "smollm2-135m")
+  model = Llama(from_config(c))
+  prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+  step = jax.jit(lambda p, x, r: model.apply(dict(params=p), x, r) @ unembedding(p))
+  tokens = list(t.encode(prompt))
+  start = len(tokens)
+  while tokens[-1] != t.eos_id and len(tokens) < start + 12:
+    padded = np.zeros((1, 48), np.int32)
+    padded[0, : len(tokens)] = tokens
+    tokens.append(int(step(our_params(), padded, resolve.rope(c))[0, len(tokens) - 1].argmax()))
+  assert "Paris" in t.decode(tokens[start:])
+
+
+def test_training_lora_and_psc_lowers_the_held_out_loss(tmp_path):
+  c = smollm2("pi")
+  c.rope.phase = "psc"
+  c.lora.rank = 8
+  c.data.length = 512
+  c.mesh.data = 1
+  c.train.update(trainable="adapters", steps=8, batch_size=1, learning_rate=5e-4, warmup_steps=1)
+  c.evals.perplexity = config.perplexity(lengths=(512,), protocol="truncate", num_samples=4)
+  before = loop.evaluate(c, str(tmp_path / "before"))["perplexity"]["512"]
+  after = loop.train(c, str(tmp_path / "after"))["perplexity"]["512"]
+  assert after["nll"] < before["nll"] - 0.1
+  trained = state.run_variables(str(tmp_path / "after"), sharding.make_mesh(c.mesh, 1))
+  jax.tree.map(np.testing.assert_array_equal, trained["params"], our_params())
+  assert jnp.any(trained["phase"]["layers"]["attention"]["psc_q"]["up"])
