@@ -1,9 +1,10 @@
-"""Quickstart: pretrain a tiny byte-level Llama at 128 tokens, then extend it x8 three ways.
+"""Quickstart: pretrain a tiny byte-level Llama at 128 tokens, then extend it x8 and compare.
 
   ./launch/quickstart.sh, or python launch/train.py --config=configs/quickstart.py
 
 Text: the sources of Python's standard library. Untouched, the model breaks past its window; YaRN
-with LoRA, and YaRN with LoRA and PSC, hold. Minutes on two CPU cores.
+with LoRA, and YaRN with LoRA and PSC, hold. A fourth run is PSC's control: LoRA alone with as many
+parameters. Minutes on two CPU cores.
 """
 
 from rope_jax import config
@@ -21,14 +22,20 @@ def get_config():
   pretrain.train.log_every = 50
   pretrain.checkpoint.every = 350
 
-  untouched = _extended()
+  psc = _adapted()
+  psc.rope.phase = "psc"
 
-  yarn_lora = _adapted()
+  # The control: LoRA alone with as many parameters as LoRA r=8 with PSC, at the same alpha / r.
+  matched = _adapted()
+  matched.lora.rank = 32
+  matched.lora.alpha = 64.0
 
-  yarn_lora_psc = _adapted()
-  yarn_lora_psc.rope.phase = "psc"
   return config.comparison(
-    pretrain=pretrain, untouched=untouched, yarn_lora=yarn_lora, yarn_lora_psc=yarn_lora_psc
+    pretrain=pretrain,
+    untouched=_extended(),
+    yarn_lora=_adapted(),
+    yarn_lora_matched=matched,
+    yarn_lora_psc=psc,
   )
 
 

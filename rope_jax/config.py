@@ -19,6 +19,7 @@ from ml_collections.config_dict import placeholder
 
 import rope_jax
 from rope_jax import rope
+from rope_jax.errors import choice
 from rope_jax.weights import RUN_FILE
 
 # Given by `resolve.rope`, not by the user.
@@ -140,16 +141,28 @@ def comparison(**runs: ConfigDict) -> ConfigDict:
   """Several runs, trained and evaluated one after the other and compared in one table and plot.
 
   Each keeps all its keys: --config.runs.NAME.train.steps=100. A later run may start from an
-  earlier one with init_from='run:NAME'.
+  earlier one with init_from='run:NAME'. `config.order` says which run, and in which order.
   """
   c = ConfigDict()
+  c.order = tuple(runs)  # a ConfigDict sorts its keys
   c.runs = ConfigDict(runs)
   return c.lock()
 
 
 def runs(c: ConfigDict) -> dict[str, ConfigDict]:
-  """The runs of a config by name; a plain config is one run, named ''."""
-  return {name: c.runs[name] for name in c.runs} if "runs" in c else {"": c}
+  """The runs of a config by name, in order; a plain config is one run, named ''.
+
+  Raises:
+    ValueError: if config.order names a run that there is not, or one before the run it starts from.
+  """
+  if "runs" not in c:
+    return {"": c}
+  for i, name in enumerate(c.order):
+    choice("order", name, list(c.runs))
+    source = c.runs[name].init_from.removeprefix("run:")
+    if c.runs[name].init_from != source:
+      choice(f"runs.{name}.init_from", source, c.order[:i])
+  return {name: c.runs[name] for name in c.order}
 
 
 def arguments(text: str | None, **defaults) -> ConfigDict:

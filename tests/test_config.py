@@ -190,6 +190,20 @@ def test_keys_cannot_be_misspelt():
     config.perplexity(length=(5,))
 
 
+def test_a_comparison_runs_in_its_order_and_not_by_name():
+  first, second = config.base(), config.base()
+  second.init_from = "run:zero"
+  c = config.comparison(zero=first, one=second)
+  assert list(config.runs(c)) == ["zero", "one"]
+  for order, message in (
+    (("one", "zero"), "runs.one.init_from='zero'"),
+    (("zero", "two"), "order='two'"),
+  ):
+    c.order = order
+    with pytest.raises(ValueError, match=message):
+      config.runs(c)
+
+
 def test_arguments_are_typed_and_known():
   arg = config.arguments("rank=16,runlocal", rank=8, scaling="yarn", runlocal=False)
   assert (arg.rank, arg.scaling, arg.runlocal) == (16, "yarn", True)

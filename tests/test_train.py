@@ -270,9 +270,28 @@ def test_training_learns_and_is_evaluated_as_by_eval(tmp_path, folder):
 def test_evaluations_run_during_training_when_due(tmp_path, folder):
   c = tiny.run_config(folder, steps=5)
   c.evals.perplexity.every = 2
+  c.checkpoint.every = 2
   loop.train(c, str(tmp_path))
-  steps = [r["step"] for r in rows_of(tmp_path) if "perplexity/64/ppl" in r]
-  assert steps == [2, 4, 5]
+  rows = rows_of(tmp_path)
+  assert [r["step"] for r in rows if "perplexity/64/ppl" in r] == [2, 4, 5]
+  loop.train(c, str(tmp_path))  # a finished run, started again, adds nothing
+  assert rows_of(tmp_path) == rows
+
+
+def test_a_kill_between_checkpoint_and_evaluation_loses_no_row(tmp_path, folder, monkeypatch):
+  c = tiny.run_config(folder, steps=4)
+  c.checkpoint.every = c.evals.perplexity.every = 2
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.evals, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+      loop.train(c, str(tmp_path))
+  loop.train(c, str(tmp_path))
+  assert [r["step"] for r in rows_of(tmp_path) if "perplexity/64/ppl" in r] == [2, 4]
+  assert [r["step"] for r in rows_of(tmp_path) if "loss" in r] == [1, 2, 3, 4]
 
 
 def test_a_run_starts_from_another_run(tmp_path, folder):

@@ -117,29 +117,35 @@ def train(c, workdir: str) -> dict:
       values["learning_rate"] = float(learning_rate(step - 1))
       metrics.log_training(step, values)
 
+  def evaluate_due(step):
+    subject = subject_of(c, mesh, model, {**frozen, **trainable}, text)
+    for name in _due(c, step):
+      if not metrics.has(step, name):
+        metrics.write(step, _flat(name, evals.evaluate(c.evals[name], subject)))
+
+  evaluate_due(first)  # if it was killed between the checkpoint and the evaluation
   for step, batch in enumerate(batches_lib.prefetch(batch_of, first, c.train.steps), first + 1):
     trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
     if pending:
       finish(pending)
     pending = step, values
-    due = [name for name, e in c.evals.items() if e.every and step % e.every == 0]
+    due = _due(c, step)
     saves = step % c.checkpoint.every == 0 or step == c.train.steps
     if due or saves:
       finish(pending)  # nothing that is not finite is ever saved
       pending = None
     if saves:
       checkpoints.save(step, trainable=trainable, opt_state=opt_state)
-    if due and step < c.train.steps:
+    if due:
       with metrics.paused():
-        subject = subject_of(c, mesh, model, {**frozen, **trainable}, text)
-        for name in due:
-          metrics.write(step, _flat(name, evals.evaluate(c.evals[name], subject)))
+        evaluate_due(step)
   checkpoints.close()
 
   # ---- The evaluations of the end.
   results = _evaluate(c, workdir, subject_of(c, mesh, model, {**frozen, **trainable}, text))
   for name, result in results.items():
-    metrics.write(c.train.steps, _flat(name, result))
+    if not metrics.has(c.train.steps, name):  # a finished run may be started again
+      metrics.write(c.train.steps, _flat(name, result))
   metrics.close()
   return results
 
@@ -188,6 +194,12 @@ def load_tokenizer(c, workdir: str):
 def count(tree) -> int:
   """Parameters in a tree."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def _due(c, step: int) -> list[str]:
+  """Evaluations due in the middle of training, after this many steps."""
+  middle = 0 < step < c.train.steps
+  return [name for name, e in c.evals.items() if middle and e.every and step % e.every == 0]
 
 
 def _evaluate(c, workdir, subject) -> dict:

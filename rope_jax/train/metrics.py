@@ -27,6 +27,7 @@ class Metrics:
     self._write = jax.process_index() == 0
     self._last_step, self._flops, self._peak = last_step, flops_per_token, peak_flops
     self._path = os.path.join(workdir, "metrics.jsonl")
+    self._written: set[tuple[int, str]] = set()
     if self._write:
       self._drop_rows_after(first_step)
       self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
@@ -86,7 +87,12 @@ class Metrics:
       self._file.close()
       self._board.close()
 
+  def has(self, step: int, prefix: str) -> bool:
+    """Whether a row of this step has values under PREFIX/."""
+    return (step, prefix) in self._written
+
   def _drop_rows_after(self, step: int) -> None:
+    """Keeps the whole rows up to a step: a kill may have cut the last, or left rows beyond."""
     if not os.path.exists(self._path):
       return
     with open(self._path) as f:
@@ -94,6 +100,8 @@ class Metrics:
     with open(self._path + ".tmp", "w") as f:
       f.writelines(rows)
     os.replace(self._path + ".tmp", self._path)
+    for row in map(json.loads, rows):
+      self._written |= {(row["step"], key.partition("/")[0]) for key in row}
 
 
 def _duration(seconds: float) -> str:
