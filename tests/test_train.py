@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from rope_jax import config, resolve
+from rope_jax import config, presets, resolve
 from rope_jax.data.tokenizer import ByteTokenizer
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
@@ -347,3 +347,27 @@ def test_length_dependent_ropes_are_resolved_for_each_length(tmp_path, folder):
   assert (seen[32][1:] < seen[16][1:]).all() and (seen[64][1:] < seen[32][1:]).all()
   results = loop.evaluate(c, str(tmp_path))["perplexity"]
   assert set(results) == {"32", "64"} and math.isfinite(results["64"]["ppl"])
+
+
+def test_the_psc_64k_step_traces_at_full_size():
+  """Llama-2 7B, 65,536 tokens, global batch 16: shapes only, nothing is allocated."""
+  c = presets.psc_experiment(None, context=65_536)
+  m, rope, tx = Llama(from_config(c)), resolve.rope(c), optimizer(c.train)
+  v = jax.eval_shape(lambda: m.init(jax.random.key(0), jnp.zeros((1, 8), int), rope))
+  sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in v.items()}
+  assert sizes == dict(params=6_738_415_616, lora=8_388_608, phase=67_108_864)
+  trainable, frozen = state.split(c, v)
+  assert set(trainable) == {"lora", "phase"} and {
+    x.dtype for x in jax.tree.leaves(frozen["params"])
+  } == {jnp.dtype("bfloat16")}
+  step = step_lib.train_step(m, tx, accumulation=1, chunk=c.train.loss_chunk)
+  b = {k: jax.ShapeDtypeStruct((16, 65_536), x.dtype) for k, x in batch().items()}
+  after, opt_state, metrics = jax.eval_shape(
+    step, trainable, jax.eval_shape(tx.init, trainable), frozen, b, rope
+  )
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), trainable
+  )
+  assert metrics["loss"].dtype == jnp.float32
+  moments = [x for x in jax.tree.leaves(opt_state) if x.shape]
+  assert sum(x.size for x in moments) == 2 * (sizes["lora"] + sizes["phase"])

@@ -113,7 +113,7 @@ def train(c, workdir: str) -> dict:
         f"checkpoint in {workdir} is from step {checkpoints.latest() or 0}"
       )
     metrics.count(step, values.pop("tokens"))
-    if step % c.train.log_every == 0 or step in (first + 1, c.train.steps):
+    if step % c.train.log_every == 0 or step in (1, c.train.steps):
       values["learning_rate"] = float(learning_rate(step - 1))
       metrics.log_training(step, values)
 
