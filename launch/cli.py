@@ -1,6 +1,7 @@
 """What the entry points share: the flag --config, and errors as one line."""
 
 import os
+import re
 import sys
 
 from absl import app, flags, logging
@@ -34,7 +35,9 @@ def checked(name: str, function, *args):
   try:
     return function(*args)
   except ValueError as error:
-    message = str(error).replace("config.", f"config.runs.{name}.") if name else str(error)
+    message = re.sub(
+      r"\bconfig\.(?!json)", f"config.runs.{name}." if name else "config.", str(error)
+    )
     raise ValueError(message) from error
 
 

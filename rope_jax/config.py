@@ -72,7 +72,8 @@ def base() -> ConfigDict:
   c.lora = ConfigDict()
   c.lora.rank = 0  # 0: no adapter
   c.lora.alpha = 16.0
-  c.lora.targets = ("q", "k", "v", "o")  # also 'gate', 'up', 'down'
+  # Also 'gate', 'up', 'down'; on the command line --config.lora.targets="('q','v')".
+  c.lora.targets = ("q", "k", "v", "o")
 
   c.data = ConfigDict()
   # 'stdlib' (the sources of Python's standard library), 'tfds:NAME' (a catalogue corpus, e.g.
@@ -81,7 +82,7 @@ def base() -> ConfigDict:
   c.data.text_key = ""  # the feature with the text of a TFDS corpus; '' if there is only one
   c.data.packing = "pack"  # or 'document': one per sequence, cut or padded
   c.data.length = 0  # tokens of a training sequence; 0: rope.context
-  c.data.append_eos = True
+  c.data.append_eos = True  # after each document, where the tokenizer has one
   c.data.min_tokens = 0  # leave out shorter documents
   c.data.dir = ""  # prepared corpora and token caches; '' is ~/.cache/rope_jax, or $ROPE_JAX_DATA
 
@@ -107,7 +108,8 @@ def base() -> ConfigDict:
   c.checkpoint.keep = 2
 
   c.mesh = ConfigDict()
-  c.mesh.data = -1  # replicas, each with its share of the batch; -1: the remaining devices
+  # Replicas, each with its share of the batch; -1: as many of the remaining devices as divide it.
+  c.mesh.data = -1
   c.mesh.fsdp = 1  # devices over which parameters are split, and the batch too
 
   c.evals = ConfigDict()
@@ -121,8 +123,8 @@ def perplexity(**options) -> ConfigDict:
   c = ConfigDict()
   c.type = "perplexity"
   c.every = 0  # training steps between evaluations; 0: only at the end
-  # Text files or globs, comma-separated; '' is the validation split of data.source;
-  # 'tfds:NAME/SPLIT' a split of a corpus.
+  # Text files or globs, comma-separated, each file a document; 'tfds:NAME/SPLIT', a split of a
+  # corpus; or '', the validation split of data.source.
   c.files = ""
   c.start = 0  # character of each document to start at
   c.lengths = (4096,)
@@ -210,23 +212,38 @@ def method_options(function) -> dict:
   return options
 
 
-def write(c: ConfigDict, workdir: str) -> None:
-  """Claims a workdir for a run: writes its config.
+def write(c: ConfigDict, workdir: str, **facts) -> None:
+  """Claims a workdir for a run: writes its config, and facts such as what text it is trained on."""
+  os.makedirs(workdir, exist_ok=True)
+  values = dict(config=c.to_dict(), rope_jax=rope_jax.__version__, **facts)
+  write_json(os.path.join(workdir, RUN_FILE), values)
+
+
+def check_workdir(c: ConfigDict, workdir: str, *, free: tuple[str, ...] = (), **facts) -> None:
+  """Compares a config with the run that a workdir holds, if any.
+
+  Args:
+    c: a config.
+    workdir: of the run.
+    free: settings that may differ, besides those that never matter to the trained weights.
+    **facts: as given to `write`.
 
   Raises:
-    ValueError: if the directory holds a run with other settings, naming them.
+    ValueError: naming the settings or facts that differ.
   """
-  path = os.path.join(workdir, RUN_FILE)
-  if os.path.exists(path):
-    old, new = _flat(read(workdir)), _flat(c)
-    changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not _is_free(k)]
-    if changed:
-      raise ValueError(
-        f"{workdir} holds a run with other settings; choose another --workdir, or set back: "
-        + ", ".join(f"config.{k}={new.get(k)!r} (was {old.get(k)!r})" for k in changed)
-      )
-  os.makedirs(workdir, exist_ok=True)
-  write_json(path, dict(config=c.to_dict(), rope_jax=rope_jax.__version__))
+  if not os.path.exists(os.path.join(workdir, RUN_FILE)):
+    return
+  with open(os.path.join(workdir, RUN_FILE)) as f:
+    known = json.load(f)
+  old, new = _flat(read(workdir)), _flat(c)
+  changed = [f"config.{k}={new.get(k)!r} (was {old.get(k)!r})" for k in sorted(old | new)
+             if old.get(k) != new.get(k) and not _is_free(k) and k not in free]  # fmt: skip
+  changed += [f"{k} {v} (was {known[k]})" for k, v in facts.items() if known.get(k, v) != v]
+  if changed:
+    raise ValueError(
+      f"{workdir} holds a run with other settings; choose another --workdir, or set back: "
+      + ", ".join(changed)
+    )
 
 
 def read(workdir: str) -> ConfigDict:

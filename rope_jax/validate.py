@@ -35,26 +35,51 @@ def validate(c: ConfigDict) -> None:
   choice("model.param_dtype", m.param_dtype, ("float32", "bfloat16"))
   check(m.num_heads % m.num_kv_heads == 0, "model.num_heads", m.num_heads,
          f"a multiple of model.num_kv_heads={m.num_kv_heads}")  # fmt: skip
+  check(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "an even number")
+  small, large = sorted((m.block_q, m.block_k))
+  check(
+    large % small == 0,
+    "model.block_q",
+    m.block_q,
+    f"a multiple or a divisor of model.block_k={m.block_k}",
+  )
+  check(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "positive")
   resolve.rope(c)
 
   check(c.lora.rank >= 0, "lora.rank", c.lora.rank, "0 (none) or positive")
   for target in c.lora.targets:
     choice("lora.targets", target, LORA_TARGETS)
 
+  if c.lora.rank:
+    check(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "positive")
+    check(c.lora.targets, "lora.targets", c.lora.targets, f"some of {LORA_TARGETS}")
+
+  check(c.seed >= 0, "seed", c.seed, "0 or more")
   choice("train.trainable", t.trainable, ("all", "adapters"))
   choice("train.schedule", t.schedule, ("constant", "cosine", "linear"))
   check(t.steps >= 0, "train.steps", t.steps, "0 or more")
+  for key in ("warmup_steps", "final_learning_rate", "weight_decay", "clip"):
+    check(t[key] >= 0, f"train.{key}", t[key], "0 or more")
+  for key in ("b1", "b2"):
+    check(0 <= t[key] < 1, f"train.{key}", t[key], "in [0, 1)")
+  check(t.eps > 0, "train.eps", t.eps, "positive")
+  check(t.schedule != "constant" or t.final_learning_rate == 0, "train.final_learning_rate",
+        t.final_learning_rate, "0: train.schedule='constant' does not use it")  # fmt: skip
   check(t.learning_rate > 0, "train.learning_rate", t.learning_rate, "positive")
   check(t.batch_size % t.accumulation == 0, "train.batch_size", t.batch_size,
          f"a multiple of train.accumulation={t.accumulation}")  # fmt: skip
-  check(t.warmup_steps == 0 or t.warmup_steps < t.steps, "train.warmup_steps", t.warmup_steps,
+  check(t.warmup_steps < max(t.steps, 1) or not t.steps, "train.warmup_steps", t.warmup_steps,
          f"below train.steps={t.steps}")  # fmt: skip
+  trains_base = t.trainable == "all" and t.steps
+  check(not trains_base or m.param_dtype == "float32", "model.param_dtype", m.param_dtype,
+        "'float32' where the base is trained: bfloat16 rounds updates away")  # fmt: skip
   has_adapters = c.lora.rank > 0 or c.rope.phase != "none"
   if t.steps:
     check(t.trainable == "all" or has_adapters, "train.trainable", t.trainable,
            "'all', since there is no adapter: lora.rank is 0 and rope.phase is 'none'")  # fmt: skip
 
   choice("data.packing", d.packing, ("pack", "document"))
+  check(d.min_tokens >= 0, "data.min_tokens", d.min_tokens, "0 or more")
   check(d.length >= 0, "data.length", d.length, "0 (rope.context) or positive")
   check(d.length <= c.rope.context, "data.length", d.length,
          f"at most rope.context={c.rope.context}")  # fmt: skip
@@ -100,7 +125,9 @@ def _eval(c: ConfigDict, name: str, e: ConfigDict) -> None:
   if e.protocol == "truncate":
     check(e.document_tokens == 0, f"{name}.document_tokens", e.document_tokens,
            "0 under protocol 'truncate', which reads one window a document")  # fmt: skip
-  if not e.files.startswith("tfds:"):
+  if e.files.startswith("tfds:"):
+    check("/" in e.files, f"{name}.files", e.files, "'tfds:NAME/SPLIT'")
+  else:
     for pattern in filter(None, e.files.split(",")):
       check(glob.glob(pattern.strip(), recursive=True), f"{name}.files", pattern,
              "an existing file or a glob that matches")  # fmt: skip

@@ -20,7 +20,7 @@ def segments(B, L, seed=0):
 
 @pytest.mark.parametrize("L", [1, 32, 50])
 @pytest.mark.parametrize("heads", [(4, 2), (6, 1)])
-@pytest.mark.parametrize("blocks", [(16, 16), (8, 32), (12, 16)])
+@pytest.mark.parametrize("blocks", [(16, 16), (8, 32), (24, 12)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_blockwise_equals_dense_in_value_and_gradient(L, heads, blocks, packed):
   q, k, v, weights = inputs(L=L, H=heads[0], K=heads[1])
@@ -86,6 +86,19 @@ def test_blockwise_memory_is_linear_in_length():
 
   assert temporary_bytes(blockwise, 4096) < 2.2 * temporary_bytes(blockwise, 2048)
   assert temporary_bytes(attention.dense, 4096) > 3.5 * temporary_bytes(attention.dense, 2048)
+
+
+@pytest.mark.parametrize("L", [129, 255, 257])
+def test_odd_lengths_are_padded_by_less_than_a_block(L):
+  q, k, v, _ = inputs(B=1, L=L)
+  run = jax.make_jaxpr(lambda *x: attention.blockwise(*x, block_q=128, block_k=256))(q, k, v)
+  sizes = {d for e in run.eqns for x in e.outvars for d in x.aval.shape}
+  assert max(sizes) < L + 256
+
+
+def test_block_sizes_that_do_not_tile_are_refused():
+  with pytest.raises(ValueError, match="block_q=12 and block_k=16"):
+    attention.blockwise(*inputs()[:3], block_q=12, block_k=16)
 
 
 def test_unknown_attention_is_refused():

@@ -172,6 +172,17 @@ def test_catalogue_corpora_go_the_same_way(tmp_path):
       corpus.documents("tfds:pg19", "train", str(tmp_path), "text")
 
 
+def test_preparing_a_corpus_that_needs_tensorflow_says_so(tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  def prepare(*_, **__):
+    raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", prepare)
+  with pytest.raises(ValueError, match=r"config.data.source='tfds:pg19'.*rope-jax\[catalogue\]"):
+    corpus.documents("tfds:pg19", "train", str(tmp_path))
+
+
 def test_a_missing_split_or_folder_is_refused(tmp_path):
   folder = tiny.text_folder(tmp_path / "text", documents=1)
   splits = [s for s in ("train", "validation") if not _has(folder, s, tmp_path)]

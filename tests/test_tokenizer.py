@@ -84,7 +84,10 @@ def test_fingerprints_tell_tokenizers_apart(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "b").mkdir()
   a, b = (tokenizer.load(save(tmp_path / d, d == "a")) for d in "ab")
-  assert a.fingerprint != b.fingerprint != tokenizer.load("byte").fingerprint
+  (tmp_path / "b" / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<s>")))
+  c = tokenizer.load(str(tmp_path / "b"))  # the same file, but another EOS
+  assert c.eos_id != b.eos_id
+  assert len({t.fingerprint for t in (a, b, c, tokenizer.load("byte"))}) == 4
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path):

@@ -303,7 +303,7 @@ def test_a_run_starts_from_another_run(tmp_path, folder):
   jax.tree.map(np.testing.assert_array_equal, base, final_state(tmp_path / "adapted", c)["params"])
   c.init_from = str(tmp_path / "adapted")
   c.lora.rank, c.rope.phase, c.train.trainable = 0, "none", "all"
-  with pytest.raises(ValueError, match="init_from.*'lora', 'phase'"):
+  with pytest.raises(ValueError, match="config.lora.rank=0.*has 4"):
     loop.train(c, str(tmp_path / "third"))
 
 
@@ -311,10 +311,82 @@ def test_a_workdir_with_another_run_is_refused_by_key(tmp_path, folder):
   c = tiny.run_config(folder)
   config.write(c, str(tmp_path))
   c.evals.perplexity.num_samples = 1  # evaluations may change
-  config.write(c, str(tmp_path))
+  config.check_workdir(c, str(tmp_path))
   c.train.learning_rate = 1.0
   with pytest.raises(ValueError, match="config.train.learning_rate=1.0 .was 0.003"):
     loop.train(c, str(tmp_path))
+
+
+def test_a_mistake_found_before_the_first_step_does_not_claim_the_workdir(tmp_path, folder):
+  c = tiny.run_config(folder)
+  for block, key, wrong, message in (
+    ("model", "vocab_size", 100, "vocab_size=100"),
+    ("mesh", "fsdp", 3, "mesh.fsdp=3"),
+    ("data", "min_tokens", 10**6, "min_tokens=1000000"),
+  ):
+    right, c[block][key] = c[block][key], wrong
+    with pytest.raises(ValueError, match=message):
+      loop.train(c, str(tmp_path / "run"))
+    c[block][key] = right
+  c.evals.perplexity.num_samples = 10**4
+  with pytest.raises(ValueError, match="config.evals.perplexity: num_samples=10000"):
+    loop.train(c, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_continued_on_another_text(tmp_path):
+  c = tiny.run_config(tiny.text_folder(tmp_path / "text"), steps=1)
+  loop.train(c, str(tmp_path / "run"))
+  (tmp_path / "text" / "000.txt").write_text("changed " * 100)
+  with pytest.raises(ValueError, match="other settings.*text rope_jax_text"):
+    loop.train(c, str(tmp_path / "run"))
+
+
+def test_a_trained_run_can_be_evaluated_beyond_its_context(tmp_path, folder):
+  c = adapted_config(folder)
+  c.train.steps = 1
+  loop.train(c, str(tmp_path))
+  c.rope.update(factor=4.0, context=128)
+  c.evals.perplexity.lengths = (64, 128)
+  assert set(loop.evaluate(c, str(tmp_path))["perplexity"]) == {"64", "128"}
+  assert config.read(str(tmp_path)).rope.context == 64
+  c.rope.theta = 5e5
+  with pytest.raises(ValueError, match="config.rope.theta"):
+    loop.evaluate(c, str(tmp_path))
+
+
+def test_a_run_starts_only_from_weights_with_the_same_meaning(tmp_path, folder):
+  loop.train(tiny.run_config(folder, steps=1), str(tmp_path / "base"))
+  for key, value in (("rope.theta", 5e5), ("model.norm_eps", 1e-3)):
+    c = tiny.run_config(folder, steps=1)
+    c.init_from = "run:base"
+    block, name = key.split(".")
+    c[block][name] = value
+    with pytest.raises(ValueError, match=f"config.{key}={value}"):
+      loop.train(c, str(tmp_path / "next"))
+
+
+@pytest.mark.parametrize("mesh_shape", [(2, 4), (1, 8)])
+def test_a_sharded_step_keeps_its_shardings_and_compiles_once(mesh_shape):
+  m = tiny.model(**ADAPTED, vocab_size=64, num_layers=2)
+  mesh = jax.make_mesh(mesh_shape, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  v, tx = tiny.variables(m), optax.adam(1e-3)
+  train = jax.device_put(v, sharding.shardings(mesh, v))
+  placement = sharding.shardings(mesh, jax.eval_shape(tx.init, train))
+  opt_state = jax.jit(tx.init, out_shardings=placement)(train)
+  before = jax.tree.map(lambda x: x.sharding, (train, opt_state))
+  f = step_lib.train_step(m, tx, accumulation=1, chunk=16, placement=before)
+  b = batch()
+  rows = sharding.put_rows(
+    lambda part: {k: x[part] for k, x in b.items()}, 8, sharding.batch_sharding(mesh)
+  )
+  for _ in range(2):
+    train, opt_state, _ = f(train, opt_state, {}, rows, tiny.base_rope())
+  after = jax.tree.map(lambda x: x.sharding, (train, opt_state))
+  assert jax.tree.all(
+    jax.tree.map(lambda x, a, b: a.is_equivalent_to(b, x.ndim), (train, opt_state), before, after)
+  )
+  assert f._cache_size() == 1
 
 
 def test_a_config_survives_its_file(tmp_path, folder):

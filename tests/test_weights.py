@@ -47,7 +47,7 @@ def hf_logits(model, tokens):
 def our_logits(path, tokens):
   h = dict(open_source(path).hyperparameters)
   theta, context = h.pop("theta"), h.pop("context")
-  h.pop("rope_type")
+  h.pop("rope")
   m = Llama(ModelConfig(**h, block_q=8, block_k=8))
   r = rope.base(head_dim=h["head_dim"], theta=theta, original_context=context)
   abstract = jax.eval_shape(lambda: m.init(jax.random.key(0), jnp.zeros((1, 8), int), r))
@@ -161,11 +161,30 @@ def test_a_checkpoint_that_does_not_match_is_refused_by_key(tmp_path, change, me
     load.check(checkpoint_config(tmp_path, **change))
 
 
-def test_a_checkpoint_with_a_rope_of_its_own_is_not_stripped_of_it(tmp_path):
-  yarn = dict(rope_type="yarn", rope_theta=5000.0, factor=2.0, original_max_position_embeddings=32)
-  hf_model(rope_parameters=yarn).save_pretrained(tmp_path)
-  with pytest.raises(ValueError, match="config.rope.scaling='none'.*'yarn'"):
-    load.check(checkpoint_config(tmp_path))
+YARN = dict(rope_type="yarn", rope_theta=5000.0, factor=2.0, original_max_position_embeddings=32)
+LINEAR = dict(rope_type="linear", rope_theta=5000.0, factor=2.0)
+
+
+@pytest.mark.parametrize(
+  "parameters, change, message",
+  [
+    (YARN, dict(rope__scaling="none", rope__factor=None), "config.rope.scaling='none'.*'yarn'"),
+    (YARN, dict(rope__factor=4.0), "config.rope.factor=4.0.*2.0"),
+    (YARN, dict(rope__original_context=16), "config.rope.original_context=16.*32"),
+    (YARN | dict(beta_fast=16.0), {}, "config.rope.yarn.beta_fast=32.0.*16.0"),
+    (LINEAR, dict(rope__scaling="ntk"), "config.rope.scaling='ntk'.*'pi'"),
+  ],
+)
+def test_a_checkpoint_with_a_rope_of_its_own_loses_nothing_of_it(
+  tmp_path, parameters, change, message
+):
+  hf_model(rope_parameters=parameters).save_pretrained(tmp_path)
+  same = dict(rope__scaling="yarn" if parameters["rope_type"] == "yarn" else "pi")
+  same |= dict(rope__factor=2.0, rope__original_context=32)
+  if "beta_fast" not in parameters:
+    load.check(checkpoint_config(tmp_path, **same))
+  with pytest.raises(ValueError, match=message):
+    load.check(checkpoint_config(tmp_path, **(same | change)))
 
 
 @pytest.mark.parametrize("older", ["rope_scaling", "rope_theta"])
@@ -180,7 +199,7 @@ def test_configs_of_earlier_transformers_are_read(tmp_path, older):
   file.write_text(json.dumps(hf))
   h = open_source(str(tmp_path)).hyperparameters
   assert h["theta"] == 5000.0
-  assert h["rope_type"] == ("linear" if older == "rope_scaling" else "default")
+  assert h["rope"] == (dict(rope_type="linear", factor=2.0) if older == "rope_scaling" else {})
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -1,6 +1,7 @@
-"""Documents, random access, through tensorflow-datasets (no TensorFlow needed).
+"""Documents, random access, through tensorflow-datasets.
 
-Catalogue corpora and folders of text go the same way: a `tfds.data_source`. The embedded default
+Catalogue corpora and folders of text go the same way: a `tfds.data_source`. Only preparing some
+corpora of the catalogue (pg19 is one) needs TensorFlow. The embedded default
 is the source code of Python's standard library: megabytes of real, long documents on every
 machine that can run this, though their exact text depends on the version of Python.
 """
@@ -42,7 +43,15 @@ def documents(source: str, split: str, data_dir: str, text_key: str = ""):
   if source.startswith("tfds:"):
     name = source.removeprefix("tfds:")
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare(file_format="array_record")
+    try:
+      builder.download_and_prepare(file_format="array_record")
+    except ModuleNotFoundError as error:
+      if error.name != "tensorflow":
+        raise
+      raise ValueError(
+        f"config.data.source={source!r}: preparing this corpus for the first time needs "
+        "TensorFlow: pip install 'rope-jax[catalogue]' (reading it afterwards does not)"
+      ) from None
   else:
     builder = builder_of(text_files(source), data_dir)
     builder.download_and_prepare()

@@ -41,7 +41,8 @@ class Tokenizer:
     self._tokenizer = tokenizer
     self.vocab_size = tokenizer.get_vocab_size()
     self.bos_id, self.eos_id, self.adds_bos = bos_id, eos_id, adds_bos
-    self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+    state = f"{tokenizer.to_str()}|{bos_id}|{eos_id}|{adds_bos}"
+    self.fingerprint = hashlib.sha256(state.encode()).hexdigest()[:16]
 
   def encode(self, text: str) -> np.ndarray:
     """int32 ids of the text alone, without BOS or EOS."""

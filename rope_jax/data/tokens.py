@@ -50,7 +50,7 @@ def tokenize(documents, tokenizer, data_dir: str, *, append_eos: bool) -> TokenS
     data_dir: where caches live.
     append_eos: end each document with EOS.
   """
-  key = f"{documents.fingerprint}|{tokenizer.fingerprint}|{tokenizer.adds_bos}|{append_eos}"
+  key = f"{documents.fingerprint}|{tokenizer.fingerprint}|{append_eos}"
   path = os.path.join(data_dir, "tokens", hashlib.sha256(key.encode()).hexdigest()[:24])
   if not os.path.exists(path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -64,6 +64,7 @@ def tokenize(documents, tokenizer, data_dir: str, *, append_eos: bool) -> TokenS
         f.write(ids.tobytes())
         offsets.append(offsets[-1] + len(ids))
     np.save(os.path.join(temporary, "offsets.npy"), np.asarray(offsets, np.int64))
+    os.chmod(temporary, 0o755)  # mkdtemp's is for its owner alone; a cache may be shared
     try:
       os.rename(temporary, path)
     except OSError:  # another process was first

@@ -7,7 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-# type of an entry -> module with evaluate(entry, subject) -> results for JSON
+# type of an entry -> module with evaluate(entry, subject) -> results for JSON,
+# and check(entry, subject), which raises ValueError if its data is not there.
 EVALS = dict(perplexity="rope_jax.evals.perplexity")
 
 
@@ -30,3 +31,16 @@ class Subject:
 def evaluate(entry, subject: Subject) -> dict:
   """Runs one entry; its results have nothing that differs between two identical runs."""
   return importlib.import_module(EVALS[entry.type]).evaluate(entry, subject)
+
+
+def check(config, tokenizer) -> None:
+  """Reads the data of every evaluation of a config: what is missing is found before training.
+
+  Raises:
+    ValueError: naming the evaluation.
+  """
+  for name, entry in config.evals.items():
+    try:
+      importlib.import_module(EVALS[entry.type]).check(entry, Subject(config, tokenizer, None))
+    except ValueError as error:
+      raise ValueError(f"config.evals.{name}: {error}") from error

@@ -4,7 +4,10 @@
                all its tokens, each later one only its new tokens; every token counts the same.
 'sliding_all'  LongLoRA (and, it seems, PSC): windows start every `stride` tokens and every token
                of each window is scored.
-'truncate'     YaRN's Proof-pile numbers: one window from the start of each document, no sliding.
+'truncate'     YaRN's Proof-pile numbers: one window from the start of each sample, no sliding.
+
+Samples are pieces of documents: the first piece of each, and only if they are too few the second
+pieces, and so on; with num_samples up to the number of documents it is one sample a document.
 
 Every window has exactly L tokens, BOS included where the tokenizer adds one itself.
 """
@@ -35,6 +38,11 @@ def evaluate(entry, subject) -> dict:
   """
   samples = _samples(entry, subject)
   return {str(n): _at_length(entry, subject, samples, n) for n in entry.lengths}
+
+
+def check(entry, subject) -> None:
+  """Raises ValueError if there is not enough text for the samples asked for."""
+  _samples(entry, subject)
 
 
 def windows(
@@ -73,7 +81,7 @@ def _samples(entry, subject) -> list[np.ndarray]:
     found += [pieces[round_] for pieces in later if round_ < len(pieces)]
   if len(found) < entry.num_samples:
     raise ValueError(
-      f"evals: num_samples={entry.num_samples} pieces of {tokens} tokens were asked for, "
+      f"num_samples={entry.num_samples} pieces of {tokens} tokens were asked for, "
       f"{entry.files or 'the validation split of ' + subject.config.data.source} has {len(found)}"
     )
   return found[: entry.num_samples]

@@ -47,13 +47,22 @@ def blockwise(q, k, v, segment_ids=None, *, block_q: int = 128, block_k: int = 2
 
   Args:
     q, k, v, segment_ids: see the module.
-    block_q, block_k: tokens of a block; the sequence is padded to a multiple of both.
+    block_q, block_k: tokens of a block, one a multiple of the other; the sequence is padded to
+      a multiple of the larger, or of the smaller if it is shorter than the larger.
+
+  Raises:
+    ValueError: if neither block size is a multiple of the other.
   """
   B, L, H, E = q.shape
   K = k.shape[2]
-  block_q, block_k = min(block_q, L), min(block_k, L)
-  multiple = math.lcm(block_q, block_k)
-  padding = -L % multiple
+  small, large = sorted((block_q, block_k))
+  if large % small:
+    raise ValueError(
+      f"block_q={block_q} and block_k={block_k}: one must be a multiple of the other"
+    )
+  tiles = -(-L // small) * small if small < L else L
+  block_q, block_k = min(block_q, tiles), min(block_k, tiles)
+  padding = -L % max(block_q, block_k)
   if segment_ids is None:
     segment_ids = jnp.zeros((B, L), jnp.int32)
   if padding:

@@ -117,7 +117,9 @@ def cos_sin(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   The angle is reduced to one turn in 64-bit fixed point, where it is exact: multiplying two
   integers modulo 2^64 *is* reduction modulo a turn. The product position * inv_freq in float32
-  would be off by 0.06 rad at two million tokens; this is within 1e-6 rad at any int32 position.
+  would be off by 0.06 rad at two million tokens; this is within 1e-6 rad of the float64 angle at
+  any int32 position. Frequencies traced in float32 (`with_inv_freq`) have but their own 24 bits,
+  a relative 1e-7: rotations stay exact relative to each other, of a frequency that much off.
 
   Args:
     rope: frequencies, of shape [head_dim / 2].

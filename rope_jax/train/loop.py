@@ -37,8 +37,8 @@ def train(c, workdir: str) -> dict:
     FloatingPointError: if the loss is not finite.
   """
   # ---- The run: new, or the one that this directory holds.
-  config_lib.write(c, workdir)
-  config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
+  _refuse_several_processes()
+  config_lib.check_workdir(c, workdir)
   if c.train.steps == 0:
     return evaluate(c, workdir)
 
@@ -48,6 +48,9 @@ def train(c, workdir: str) -> dict:
   directory = config_lib.data_dir(c)
   documents = corpus.documents(c.data.source, "train", directory, c.data.text_key)
   store = tokens.tokenize(documents, text, directory, append_eos=c.data.append_eos)
+  evals.check(c, text)
+  facts = dict(text=documents.fingerprint, tokenizer=text.fingerprint)
+  config_lib.check_workdir(c, workdir, **facts)
   length = config_lib.train_length(c)
   batches = batches_lib.Batches(
     store,
@@ -68,6 +71,10 @@ def train(c, workdir: str) -> dict:
   trainable, frozen = state.split(c, state.initial_variables(c, mesh, workdir))
   placement = sharding.shardings(mesh, jax.eval_shape(tx.init, trainable))
   opt_state = jax.jit(tx.init, out_shardings=placement)(trainable)
+
+  # ---- All that could be wrong has been found: the directory is ours.
+  config_lib.write(c, workdir, **facts)
+  config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c, length))
 
   # ---- Resume: the newest whole checkpoint of this run, if there is one.
   checkpoints = Checkpoints(workdir, keep=c.checkpoint.keep)
@@ -99,8 +106,13 @@ def train(c, workdir: str) -> dict:
 
   # ---- The loop. Metrics of a step are read when the next is under way: the device never waits.
   step_fn = step_lib.train_step(
-    model, tx, accumulation=c.train.accumulation, chunk=c.train.loss_chunk
+    model,
+    tx,
+    accumulation=c.train.accumulation,
+    chunk=c.train.loss_chunk,
+    placement=jax.tree.map(lambda x: x.sharding, (trainable, opt_state)),
   )
+  token_loss = step_lib.token_loss(model, chunk=c.train.loss_chunk)
   learning_rate = schedule(c.train)
   pending = None
 
@@ -118,7 +130,7 @@ def train(c, workdir: str) -> dict:
       metrics.log_training(step, values)
 
   def evaluate_due(step):
-    subject = subject_of(c, mesh, model, {**frozen, **trainable}, text)
+    subject = subject_of(c, mesh, token_loss, {**frozen, **trainable}, text)
     for name in _due(c, step):
       if not metrics.has(step, name):
         metrics.write(step, _flat(name, evals.evaluate(c.evals[name], subject)))
@@ -142,7 +154,8 @@ def train(c, workdir: str) -> dict:
   checkpoints.close()
 
   # ---- The evaluations of the end.
-  results = _evaluate(c, workdir, subject_of(c, mesh, model, {**frozen, **trainable}, text))
+  subject = subject_of(c, mesh, token_loss, {**frozen, **trainable}, text)
+  results = _evaluate(c, workdir, subject)
   for name, result in results.items():
     if not metrics.has(c.train.steps, name):  # a finished run may be started again
       metrics.write(c.train.steps, _flat(name, result))
@@ -153,24 +166,30 @@ def train(c, workdir: str) -> dict:
 def evaluate(c, workdir: str) -> dict:
   """The evaluations of a config on the newest checkpoint of a workdir.
 
-  If the workdir holds no run, the model of config.init_from is evaluated as it is.
+  If the workdir holds no run, the model of config.init_from is evaluated as it is. Of a trained
+  run, rope.context and rope.factor may differ, to look beyond the context that it was trained for.
   """
+  _refuse_several_processes()
   has_run = c.train.steps and os.path.exists(os.path.join(workdir, config_lib.RUN_FILE))
-  config_lib.write(c, workdir) if has_run else os.makedirs(workdir, exist_ok=True)
-  mesh = sharding.make_mesh(c.mesh, max([e.batch_size for e in c.evals.values()], default=1))
+  config_lib.check_workdir(c, workdir, free=("rope.context", "rope.factor"))
+  rows = max([e.batch_size for e in c.evals.values()], default=1)
+  mesh = sharding.make_mesh(c.mesh, rows, must_divide=False)
   text = load_tokenizer(c, workdir)
+  evals.check(c, text)
   if has_run:
     variables, what = state.run_variables(workdir, mesh), f"newest checkpoint of {workdir}"
   else:
     variables = state.initial_variables(c, mesh, workdir)
     what = f"{c.init_from or 'a randomly initialised model'}, without training"
+  os.makedirs(workdir, exist_ok=True)
+  config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
   print(f"{report.rope_line(c)}\nevaluating: {what}", flush=True)
-  return _evaluate(c, workdir, subject_of(c, mesh, Llama(from_config(c)), variables, text))
+  token_loss = step_lib.token_loss(Llama(from_config(c)), chunk=c.train.loss_chunk)
+  return _evaluate(c, workdir, subject_of(c, mesh, token_loss, variables, text))
 
 
-def subject_of(c, mesh, model, variables, text) -> evals.Subject:
+def subject_of(c, mesh, token_loss, variables, text) -> evals.Subject:
   """What evaluations see of a model: its tokenizer and its losses."""
-  token_loss = step_lib.token_loss(model, chunk=c.train.loss_chunk)
 
   def losses(tokens, seq_len):
     split = tokens.shape[0] % mesh.size == 0
@@ -194,6 +213,13 @@ def load_tokenizer(c, workdir: str):
 def count(tree) -> int:
   """Parameters in a tree."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def _refuse_several_processes() -> None:
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"{jax.process_count()} processes: training and evaluation run in one process for now"
+    )
 
 
 def _due(c, step: int) -> list[str]:

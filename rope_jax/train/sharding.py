@@ -28,12 +28,13 @@ RULES = (
 )
 
 
-def make_mesh(mesh_config, batch_rows: int) -> Mesh:
+def make_mesh(mesh_config, batch_rows: int, *, must_divide: bool = True) -> Mesh:
   """The mesh of `config.mesh` over all devices.
 
   Args:
     mesh_config: sizes of the axes; data = -1 takes the remaining devices.
     batch_rows: sequences of a micro-batch, which data * fsdp must divide.
+    must_divide: False for evaluations, whose batches are replicated if they do not divide.
 
   Raises:
     ValueError: if the sizes do not fit the devices or the batch.
@@ -49,7 +50,7 @@ def make_mesh(mesh_config, batch_rows: int) -> Mesh:
     raise ValueError(
       f"config.mesh: data={data} x fsdp={fsdp} needs {data * fsdp} devices, there are {devices}"
     )
-  if batch_rows % (data * fsdp):
+  if must_divide and batch_rows % (data * fsdp):
     raise ValueError(
       f"config.train.batch_size / accumulation = {batch_rows} sequences cannot be split over "
       f"data={data} x fsdp={fsdp} devices"

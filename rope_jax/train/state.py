@@ -38,11 +38,7 @@ def initial_variables(c, mesh, workdir: str) -> dict:
     path = init_path(c, workdir)
     if locate(path)[0] == "run":
       given = run_variables(path, mesh)
-      if set(given) - set(abstract):
-        raise ValueError(
-          f"config.init_from={c.init_from!r} has {sorted(set(given) - set(abstract))}, which this "
-          "config does not: set lora.rank and rope.phase as that run did"
-        )
+      _check_run(c, config_lib.read(path), has_adapters=len(given) > 1)
     else:
       load.check(c)
       given["params"] = load.load_params(path, placed["params"], _put)
@@ -102,6 +98,19 @@ def _sharding_of(tree):
 
 def _put(leaf, array):
   return jax.device_put(array, leaf.sharding)
+
+
+def _check_run(c, source, *, has_adapters: bool) -> None:
+  """What shapes do not tell: settings under which the weights of another run have a meaning."""
+  keys = ["rope.theta", "model.norm_eps"]
+  if has_adapters:
+    keys += ["lora.rank", "lora.alpha", "rope.phase", "rope.psc.calibration"]
+  for key in keys:
+    ours, theirs = c, source
+    for part in key.split("."):
+      ours, theirs = ours[part], theirs[part]
+    if ours != theirs:
+      raise ValueError(f"config.{key}={ours!r}: the run {c.init_from!r} has {theirs!r}")
 
 
 def _check_same(c, expected, given) -> None:

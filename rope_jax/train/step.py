@@ -20,13 +20,20 @@ def batch_loss(model: Llama, variables: dict, batch: dict, rope, chunk: int):
 
 
 def train_step(
-  model: Llama, optimizer: optax.GradientTransformation, *, accumulation: int, chunk: int
+  model: Llama,
+  optimizer: optax.GradientTransformation,
+  *,
+  accumulation: int,
+  chunk: int,
+  placement=None,
 ) -> Callable:
   """The step (trainable, opt_state, frozen, batch, rope) -> (trainable, opt_state, metrics).
 
   `trainable` and `frozen` split the collections of the model; only the former has gradients and
   optimizer state. `rope` is an argument: other factors run the same program. The gradient is that
   of the mean loss per weighted token of the whole batch, however it is cut into micro-batches.
+  `placement` is (shardings of trainable, of opt_state), to
+  be kept from step to step; the compiler's choice if None.
   """
 
   def step(trainable, opt_state, frozen, batch, rope):
@@ -51,7 +58,8 @@ def train_step(
     )
     return optax.apply_updates(trainable, updates), opt_state, metrics
 
-  return jax.jit(step, donate_argnums=(0, 1))
+  out = None if placement is None else (*placement, None)
+  return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
 
 
 def token_loss(model: Llama, *, chunk: int) -> Callable:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from rope_jax import resolve
 from rope_jax.weights.source import open_source
 
 # Our path in 'params' -> Hugging Face's tensor; {} is the layer. Matrices are [out, in] there.
@@ -34,23 +35,47 @@ def check(c) -> None:
     ValueError: naming the first key that differs, both values, and where they come from.
   """
   h = dict(open_source(c.init_from).hyperparameters)
-  theta, rope_type, context = h.pop("theta"), h.pop("rope_type"), h.pop("context")
+  theta, own, context = h.pop("theta"), h.pop("rope"), h.pop("context")
   for key, value in h.items():
     same = math.isclose(c.model[key], value, rel_tol=1e-6)
     if not same:
       raise ValueError(f"config.model.{key}={c.model[key]!r}: {c.init_from} has {value!r}")
   if not math.isclose(c.rope.theta, theta, rel_tol=1e-6):
     raise ValueError(f"config.rope.theta={c.rope.theta!r}: {c.init_from} has {theta!r}")
-  if rope_type != "default" and rope_type != c.rope.scaling:
-    raise ValueError(
-      f"config.rope.scaling={c.rope.scaling!r}: {c.init_from} already has a rope of type "
-      f"{rope_type!r}, which would be lost"
-    )
-  if rope_type == "default" and c.rope.original_context != context:
+  if own:
+    _check_own_rope(c, own)
+  elif c.rope.original_context != context:
     raise ValueError(
       f"config.rope.original_context={c.rope.original_context}: {c.init_from} was trained on "
       f"{context} tokens"
     )
+
+
+# Names of transformers' rope types where ours differ.
+_OUR_NAMES = dict(linear="pi", dynamic="dynamic_ntk")
+
+
+def _check_own_rope(c, own: dict) -> None:
+  """The rope of the checkpoint itself must be the rope of the config: nothing of it is lost."""
+  own = {k: v for k, v in own.items() if v is not None}
+  scaling = own.pop("rope_type")
+  scaling = _OUR_NAMES.get(scaling, scaling)
+  ours = dict(scaling=c.rope.scaling)
+  theirs = dict(scaling=scaling)
+  for key, value in own.items():
+    if key == "factor":
+      ours[key], theirs[key] = resolve.factor(c), value
+    elif key == "original_max_position_embeddings":
+      ours["original_context"], theirs["original_context"] = c.rope.original_context, value
+    else:
+      name, options = f"{scaling}.{key}", c.rope.get(scaling, {})
+      ours[name], theirs[name] = options.get(key), value
+  for key, value in theirs.items():
+    if ours[key] != value:
+      raise ValueError(
+        f"config.rope.{key}={ours[key]!r}: {c.init_from} has a rope of its own with {value!r}, "
+        "which would be lost"
+      )
 
 
 def load_params(init_from: str, abstract: dict, put: Callable) -> dict:

@@ -1,6 +1,7 @@
 """Checkpoints read tensor by tensor, under Hugging Face's names and layout.
 
-A source has `hyperparameters` (the keys of config.model, plus theta, context and the kind of rope)
+A source has `hyperparameters` (the keys of config.model; theta; context, the tokens it was made
+for; and rope, its own scaling as in Hugging Face's rope_parameters, empty if there is none)
 and `tensor(name)`, which gives [out, in] matrices for the half-split rotary layout.
 """
 
@@ -43,7 +44,7 @@ class HuggingFaceSource:
       tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
       theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
       context=hf["max_position_embeddings"],
-      rope_type=rope.get("rope_type") or rope.get("type") or "default",
+      rope=_own_rope(rope),
     )
     self._file_of = {}
     for file in sorted(glob.glob(os.path.join(path, "*.safetensors"))):
@@ -94,7 +95,9 @@ class GGUFSource:
       raise ValueError(f"{path}: architecture {arch!r} is not supported, only 'llama'")
     heads = self.field("llama.attention.head_count")
     d_model = self.field("llama.embedding_length")
-    scaling = self.field("llama.rope.scaling.type", "none")
+    for unread in ("rope_freqs.weight", "llama.rope.scaling.type"):
+      if unread in self._tensors or self.field(unread, "none") != "none":
+        raise ValueError(f"{path}: a rope of its own ({unread}) is not read from GGUF files")
     self.hyperparameters = dict(
       vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
       num_layers=self.field("llama.block_count"),
@@ -107,10 +110,8 @@ class GGUFSource:
       tie_embeddings="output.weight" not in self._tensors,
       theta=self.field("llama.rope.freq_base", 10_000.0),
       context=self.field("llama.context_length"),
-      # Llama 3.1 files carry their scaling as a tensor of factors.
-      rope_type="llama3" if "rope_freqs.weight" in self._tensors
-      else {"none": "default"}.get(scaling, scaling),
-    )  # fmt: skip
+      rope={},
+    )
 
   def field(self, name: str, default=None):
     if name not in self.reader.fields:
@@ -142,6 +143,14 @@ def open_source(init_from: str) -> HuggingFaceSource | GGUFSource:
   """Opens a Hugging Face directory, a GGUF file or a packaged checkpoint; see `locate`."""
   kind, path = locate(init_from)
   return dict(hf=HuggingFaceSource, gguf=GGUFSource)[kind](path)
+
+
+def _own_rope(parameters: dict) -> dict:
+  kind = parameters.get("rope_type") or parameters.get("type") or "default"
+  if kind == "default":
+    return {}
+  others = {k: v for k, v in parameters.items() if k not in ("type", "rope_type", "rope_theta")}
+  return dict(rope_type=kind, **others)
 
 
 def _half_split(x: np.ndarray, heads: int) -> np.ndarray:
