@@ -30,6 +30,16 @@ def run(main) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def validated_runs(c) -> dict:
+  """The runs of a config by name, all checked before the first one starts."""
+  from rope_jax import config, validate
+
+  runs = config.runs(c)
+  for name, run in runs.items():
+    checked(name, validate.validate, run)
+  return runs
+
+
 def checked(name: str, function, *args):
   """Calls the function; an error says which run of a comparison it is from."""
   try:
@@ -44,6 +54,12 @@ def checked(name: str, function, *args):
 def directory(workdir: str, name: str) -> str:
   """Where a run of a comparison lives; a run alone lives in the workdir itself."""
   return os.path.join(workdir, name) if name else workdir
+
+
+def define_workdir():
+  """Defines --workdir; call the result with the config's name for the directory."""
+  flag = flags.DEFINE_string("workdir", "", "Directory of the run; default runs/CONFIG.")
+  return lambda config_name: flag.value or os.path.join("runs", config_name)
 
 
 def write_results(results: dict, workdir: str) -> None:

@@ -8,21 +8,14 @@ Every key of the config can be set: --config.train.steps=100 --config.rope.scali
 import os
 
 import cli
-from absl import flags
 
-WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; default runs/CONFIG.")
+workdir_of = cli.define_workdir()
 
 
 def main(c, config_name):
-  from rope_jax import config as config_lib
-  from rope_jax import validate
+  workdir, runs = workdir_of(config_name), cli.validated_runs(c)
 
-  workdir = WORKDIR.value or os.path.join("runs", config_name)
-  runs = config_lib.runs(c)
-  for name, run in runs.items():
-    cli.checked(name, validate.validate, run)
-
-  from rope_jax import plots, report
+  from rope_jax import plots, report  # after the checks: these are slow to import
   from rope_jax.train import loop
 
   results = {}

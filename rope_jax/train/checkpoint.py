@@ -42,9 +42,3 @@ class Checkpoints:
     """Waits for the last save."""
     self._manager.wait_until_finished()
     self._manager.close()
-
-
-def exists(workdir: str) -> bool:
-  """Whether a workdir has a whole checkpoint."""
-  path = os.path.join(workdir, "checkpoints")
-  return os.path.isdir(path) and any(name.isdigit() for name in os.listdir(path))

@@ -39,8 +39,11 @@ def train(c, workdir: str) -> dict:
   # ---- The run: new, or the one that this directory holds.
   _refuse_several_processes()
   config_lib.check_workdir(c, workdir)
+  state.check_init(c, workdir)
   if c.train.steps == 0:
-    return evaluate(c, workdir)
+    results = evaluate(c, workdir)
+    config_lib.write(c, workdir)
+    return results
 
   # ---- Mesh and data. A batch is a function of the step: nothing else to save or restore.
   mesh = sharding.make_mesh(c.mesh, c.train.batch_size // c.train.accumulation)

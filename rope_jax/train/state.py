@@ -34,13 +34,12 @@ def initial_variables(c, mesh, workdir: str) -> dict:
   abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), int), rope))
   placed = jax.tree.map(_with_sharding, abstract, shardings(mesh, abstract))
   given = {}
+  check_init(c, workdir)
   if c.init_from:
     path = init_path(c, workdir)
     if locate(path)[0] == "run":
       given = run_variables(path, mesh)
-      _check_run(c, config_lib.read(path), has_adapters=len(given) > 1)
     else:
-      load.check(c)
       given["params"] = load.load_params(path, placed["params"], _put)
   for name in given:
     _check_same(c, abstract[name], given[name])
@@ -48,6 +47,31 @@ def initial_variables(c, mesh, workdir: str) -> dict:
   # Only these are computed: the rest of the initialisation is dead code to the compiler.
   made = jax.jit(lambda: init(names), out_shardings=_sharding_of({n: placed[n] for n in names}))()
   return {name: given.get(name, made.get(name)) for name in abstract}
+
+
+def check_init(c, workdir: str) -> None:
+  """Compares a config with what config.init_from says of itself, without reading any weights.
+
+  Raises:
+    ValueError: naming the key that differs.
+  """
+  if not c.init_from:
+    return
+  path = init_path(c, workdir)
+  if locate(path)[0] != "run":
+    load.check(c)
+    return
+  # What shapes do not tell: settings under which the weights of that run have a meaning.
+  source = config_lib.read(path)
+  keys = ["rope.theta", "model.norm_eps"]
+  if source.lora.rank or source.rope.phase != "none":
+    keys += ["lora.rank", "lora.alpha", "rope.phase", "rope.psc.calibration"]
+  for key in keys:
+    ours, theirs = c, source
+    for part in key.split("."):
+      ours, theirs = ours[part], theirs[part]
+    if ours != theirs:
+      raise ValueError(f"config.{key}={ours!r}: the run {c.init_from!r} has {theirs!r}")
 
 
 def run_variables(workdir: str, mesh, step: int | None = None) -> dict:
@@ -98,19 +122,6 @@ def _sharding_of(tree):
 
 def _put(leaf, array):
   return jax.device_put(array, leaf.sharding)
-
-
-def _check_run(c, source, *, has_adapters: bool) -> None:
-  """What shapes do not tell: settings under which the weights of another run have a meaning."""
-  keys = ["rope.theta", "model.norm_eps"]
-  if has_adapters:
-    keys += ["lora.rank", "lora.alpha", "rope.phase", "rope.psc.calibration"]
-  for key in keys:
-    ours, theirs = c, source
-    for part in key.split("."):
-      ours, theirs = ours[part], theirs[part]
-    if ours != theirs:
-      raise ValueError(f"config.{key}={ours!r}: the run {c.init_from!r} has {theirs!r}")
 
 
 def _check_same(c, expected, given) -> None:
