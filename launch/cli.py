@@ -24,7 +24,11 @@ def run(main) -> None:
 
   try:
     app.run(start, flags_parser=_parse)
-  except (ValueError, FloatingPointError) as error:
+  except FloatingPointError as error:
+    _fail(error)
+  except ValueError as error:
+    if "config." not in str(error):
+      raise  # not of the user's making: a bug, with its traceback
     _fail(error)
   except BrokenPipeError:  # e.g. piped into head
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

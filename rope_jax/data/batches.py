@@ -50,13 +50,15 @@ class Batches:
     self.packing = packing
     self.documents = np.flatnonzero(store.lengths >= max(min_tokens, 2))
     if not len(self.documents):
-      raise ValueError(f"data.min_tokens={min_tokens}: no document of {len(store)} has so many")
+      raise ValueError(
+        f"config.data.min_tokens={min_tokens}: no document of {len(store)} has so many"
+      )
     self.total = int(store.lengths[self.documents].sum())
     # One token more than the sequence, for the last target; streams share it with their neighbour.
     self.per_epoch = len(self.documents) if packing == "document" else (self.total - 1) // length
     if self.per_epoch < 1:
       raise ValueError(
-        f"data.length={length}: the corpus has {self.total} tokens, too few for one sequence"
+        f"config.data.length={length}: the corpus has {self.total} tokens, too few for one sequence"
       )
     self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 

@@ -58,7 +58,9 @@ def documents(source: str, split: str, data_dir: str, text_key: str = ""):
     text_key = "text"
   sizes = {name: s.num_examples for name, s in builder.info.splits.items()}
   if sizes and not sizes.get(split):
-    raise ValueError(f"{source} has no documents in split {split!r}; it has {sizes}")
+    raise ValueError(
+      f"config.data.source={source!r} has no documents in split {split!r}; it has {sizes}"
+    )
   return _Documents(builder, split, _text_feature(builder, text_key))
 
 
@@ -78,7 +80,7 @@ def text_files(source: str) -> dict[str, str]:
     root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]) if paths else ""
   out = {os.path.relpath(p, root): os.path.abspath(p) for p in paths if os.path.isfile(p)}
   if not out:
-    raise ValueError(f"no text files at {source!r}")
+    raise ValueError(f"config.data.source={source!r}: there are no text files")
   return dict(sorted(out.items()))
 
 

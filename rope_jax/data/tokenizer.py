@@ -69,7 +69,7 @@ def load(name: str, init_from: str = "") -> ByteTokenizer | Tokenizer:
   if not name:
     kind, path = locate(init_from)
     if kind == "run":
-      raise ValueError("config.tokenizer must be set: init_from is a run")
+      raise ValueError("it must be given, since init_from is a run")
   if path.endswith(".gguf"):
     return _from_gguf(path)
   return _from_json(path)

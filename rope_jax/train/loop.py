@@ -205,7 +205,10 @@ def subject_of(c, mesh, token_loss, variables, text) -> evals.Subject:
 
 def load_tokenizer(c, workdir: str):
   """The tokenizer of a config, checked against the model's vocabulary."""
-  text = tokenizer.load(c.tokenizer, state.init_path(c, workdir))
+  try:
+    text = tokenizer.load(c.tokenizer, state.init_path(c, workdir))
+  except ValueError as error:
+    raise ValueError(f"config.tokenizer={c.tokenizer!r}: {error}") from error
   if text.vocab_size > c.model.vocab_size:
     raise ValueError(
       f"config.model.vocab_size={c.model.vocab_size}: the tokenizer has {text.vocab_size} tokens"
@@ -221,7 +224,7 @@ def count(tree) -> int:
 def _refuse_several_processes() -> None:
   if jax.process_count() > 1:
     raise ValueError(
-      f"{jax.process_count()} processes: training and evaluation run in one process for now"
+      f"config.mesh: {jax.process_count()} processes: training and evaluation run in one process for now"
     )
 
 

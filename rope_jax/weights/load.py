@@ -34,7 +34,10 @@ def check(c) -> None:
   Raises:
     ValueError: naming the first key that differs, both values, and where they come from.
   """
-  h = dict(open_source(c.init_from).hyperparameters)
+  try:
+    h = dict(open_source(c.init_from).hyperparameters)
+  except ValueError as error:
+    raise ValueError(f"config.init_from={c.init_from!r}: {error}") from error
   theta, own, context = h.pop("theta"), h.pop("rope"), h.pop("context")
   for key, value in h.items():
     same = math.isclose(c.model[key], value, rel_tol=1e-6)
