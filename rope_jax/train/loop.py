@@ -223,9 +223,7 @@ def count(tree) -> int:
 
 def _refuse_several_processes() -> None:
   if jax.process_count() > 1:
-    raise ValueError(
-      f"config.mesh: {jax.process_count()} processes: training and evaluation run in one process for now"
-    )
+    raise ValueError(f"config.mesh: {jax.process_count()} processes: only one is supported for now")
 
 
 def _due(c, step: int) -> list[str]:
