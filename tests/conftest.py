@@ -20,3 +20,8 @@ def _caches(monkeypatch, tmp_path_factory):
   """Prepared corpora and token caches of the tests, shared between them, not with the user."""
   base = tmp_path_factory.getbasetemp()
   monkeypatch.setenv("ROPE_JAX_DATA", str(base / "data"))
+
+
+def pytest_collection_modifyitems(items):
+  """Slow tests first, so that no worker is left with one at the end."""
+  items.sort(key=lambda item: item.get_closest_marker("slow") is None)
