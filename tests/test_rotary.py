@@ -39,6 +39,13 @@ def test_angles_are_exact_to_two_million_tokens(r):
   assert np.abs(plain - angle).max() > 1e-2 or r.inv_freq.max() < 0.5
 
 
+def test_angles_are_exact_at_every_int32_position():
+  p = np.concatenate([2 ** np.arange(31), 2 ** np.arange(1, 32) - 1, [2**31 - 12_345]])
+  for r in (BASE, rope.yarn(BASE, 512.0)):
+    cos, sin = jax.jit(rope.cos_sin)(r, p.astype(np.int32))
+    assert angle_error(cos, sin, p[:, None].astype(np.float64) * r.inv_freq) < 2e-6
+
+
 def test_attention_scale_multiplies_cos_and_sin():
   r = rope.yarn(BASE, 16.0)
   cos, sin = rope.cos_sin(r, jnp.arange(100))

@@ -346,10 +346,12 @@ def test_a_trained_run_can_be_evaluated_beyond_its_context(tmp_path, folder):
   c = adapted_config(folder)
   c.train.steps = 1
   loop.train(c, str(tmp_path))
-  c.rope.update(factor=4.0, context=128)
+  c.rope.update(factor=8.0, context=128)
   c.evals.perplexity.lengths = (64, 128)
   assert set(loop.evaluate(c, str(tmp_path))["perplexity"]) == {"64", "128"}
   assert config.read(str(tmp_path)).rope.context == 64
+  trained = json.loads((tmp_path / "rope.json").read_text())
+  assert (trained["factor"], trained["context"]) == (4.0, 64)
   c.rope.theta = 5e5
   with pytest.raises(ValueError, match="config.rope.theta"):
     loop.evaluate(c, str(tmp_path))

@@ -179,13 +179,13 @@ def evaluate(c, workdir: str) -> dict:
   mesh = sharding.make_mesh(c.mesh, rows, must_divide=False)
   text = load_tokenizer(c, workdir)
   evals.check(c, text)
-  if has_run:
+  if has_run:  # its rope.json stays: it says what was trained, not what is evaluated
     variables, what = state.run_variables(workdir, mesh), f"newest checkpoint of {workdir}"
   else:
     variables = state.initial_variables(c, mesh, workdir)
     what = f"{c.init_from or 'a randomly initialised model'}, without training"
-  os.makedirs(workdir, exist_ok=True)
-  config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
+    os.makedirs(workdir, exist_ok=True)
+    config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
   print(f"{report.rope_line(c)}\nevaluating: {what}", flush=True)
   token_loss = step_lib.token_loss(Llama(from_config(c)), chunk=c.train.loss_chunk)
   return _evaluate(c, workdir, subject_of(c, mesh, token_loss, variables, text))

@@ -16,7 +16,11 @@ PATH = Path(__file__).parent / "hf_rope.json"
 
 def cases():
   """(name of our method, options, rope_parameters of transformers, sequence length)."""
-  for d, theta, L in ((64, 1e4, 2048), (80, 1e4, 4096), (128, 5e5, 8192), (128, 1e6, 32768)):
+  shapes = [(64, 1e4, 2048), (80, 1e4, 4096), (128, 5e5, 8192), (128, 1e6, 32768)]
+  # Every pair turns more than once within the window: YaRN's ramp would end past the last pair,
+  # and is clamped at d - 1, not at d/2 - 1.
+  shapes.append((64, 1e4, 131_072))
+  for d, theta, L in shapes:
     shape = dict(head_dim=d, theta=theta, original_context=L)
     yield shape, "none", {}, dict(rope_type="default"), None
     for s in (1.0, 2.0, 5.5, 16.0):
