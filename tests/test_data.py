@@ -107,6 +107,11 @@ def test_bos_and_eos_come_from_the_tokenizer(tmp_path):
   assert store(tmp_path, [3], EndingTokenizer())[0].tolist() == [256, 97, 97, 97]
   assert store(tmp_path, [3], append_eos=True)[0].tolist() == [97, 97, 97]
 
+  class NotAdding(EndingTokenizer):  # has a BOS, as SmolLM2 does, and does not use it
+    adds_bos, fingerprint = False, "not adding"
+
+  assert store(tmp_path, [3], NotAdding())[0].tolist() == [97, 97, 97]
+
 
 def test_the_token_cache_is_used_and_never_half_written(tmp_path):
   class Once(Documents):

@@ -129,6 +129,15 @@ def test_start_is_a_character_offset(tmp_path):
   assert a == b
 
 
+def test_a_bos_that_the_tokenizer_does_not_add_itself_is_not_added(tmp_path):
+  class NotAdding(BosTokenizer):
+    adds_bos = False
+
+  options = dict(protocol="truncate", lengths=(64,))
+  assert run(tmp_path, NotAdding(), **options) == run(tmp_path, **options)
+  assert run(tmp_path, BosTokenizer(), **options) != run(tmp_path, **options)
+
+
 def test_windows_all_have_the_same_length():
   for protocol in ("sliding", "sliding_all", "truncate"):
     for start, scored in windows(protocol, 1000, 128, 50, 1):
