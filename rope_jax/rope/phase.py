@@ -2,7 +2,8 @@
 
 Source: "Phase Shift Calibration" (EMNLP 2024, arXiv 2505.12423), as released in WNQzhu/PSC.
 The released module computes no angle: it is a bounded, content-dependent,
-element-wise gain, and can shift the phase of a pair by less than 30 degrees.
+element-wise gain, and can shift the phase of a pair by less than 30 degrees. `psc_rotation` is a
+variant of ours, not of the release, that does what the name says.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+from rope_jax.rope.rotary import rotate
 
 
 def psc_gate(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
@@ -34,13 +37,38 @@ def psc(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
   return x * psc_gate(x, up, down)
 
 
-def psc_init(key: jax.Array, heads: int, head_dim: int, scale: str = "released") -> dict:
-  """Initial float32 parameters {'up': zeros, 'down': U(-bound, bound)}, [heads, d, d] each.
+def psc_rotation(
+  x: jax.Array, up: jax.Array, down: jax.Array, *, bound: float | None = math.pi
+) -> jax.Array:
+  """Rotates each pair by a learned, content-dependent angle SiLU(x U_h) D_h.
+
+  Two-dimensional rotations commute, so it makes no difference whether RoPE comes before or after;
+  lengths are kept. With `up` zero this is x, bit for bit.
+
+  Args:
+    x: [..., heads, head_dim] queries or keys in the half-split layout.
+    up: [heads, head_dim, head_dim], applied first, zero at the start.
+    down: [heads, head_dim, pairs], applied second.
+    bound: angles are bound * tanh(.) in radians; unbounded if None.
+  """
+  hidden = jnp.einsum("...hd,hdr->...hr", x, up.astype(x.dtype))
+  y = jnp.einsum("...hr,hrp->...hp", jax.nn.silu(hidden), down.astype(x.dtype))
+  angle = y.astype(jnp.float32)
+  angle = angle if bound is None else bound * jnp.tanh(angle)
+  return rotate(x, jnp.cos(angle), jnp.sin(angle))
+
+
+def psc_init(
+  key: jax.Array, heads: int, head_dim: int, scale: str = "released", outputs: int | None = None
+) -> dict:
+  """Initial float32 parameters {'up': zeros [heads, d, d], 'down': U(-bound, bound)}.
 
   Args:
     key: PRNG key.
-    heads: query heads, or KV heads for keys.
+    heads: query heads, or KV heads for keys; 1 if they share.
     head_dim: d.
+    outputs: last dimension of `down` [heads, d, outputs]: d (the default) for `psc`, the number
+      of pairs for `psc_rotation`.
     scale: 'released' has bound 1/d, which is what PyTorch's kaiming_uniform_(a=sqrt 5) gives for
       the released 3-D tensor; 'fan_in' has 1/sqrt(d), what a d x d layer would get.
 
@@ -50,9 +78,9 @@ def psc_init(key: jax.Array, heads: int, head_dim: int, scale: str = "released")
   bounds = dict(released=1 / head_dim, fan_in=1 / math.sqrt(head_dim))
   if scale not in bounds:
     raise ValueError(f"psc.init must be one of {sorted(bounds)}, got {scale!r}")
-  shape = (heads, head_dim, head_dim)
+  shape = (heads, head_dim, outputs or head_dim)
   down = jax.random.uniform(key, shape, minval=-bounds[scale], maxval=bounds[scale])
-  return dict(up=jnp.zeros(shape), down=down)
+  return dict(up=jnp.zeros((heads, head_dim, head_dim)), down=down)
 
 
 def psc_parameter_count(layers: int, heads: int, kv_heads: int, head_dim: int) -> int:

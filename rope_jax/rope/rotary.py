@@ -20,84 +20,143 @@ class Rope:
   """Rotary frequencies as data: an argument of the jitted step, never a constant inside it.
 
   On the host a Rope is float64 numpy and knows where it came from. Crossing `jit`, `vmap` or
-  `tree.map` only the numbers survive (`inv_freq`, `turns`, `attention_scale`), so two ropes with
-  the same number of frequencies share one compiled program whatever method made them.
+  `tree.map` only the numbers survive, so two ropes with the same number of frequencies share one
+  compiled program whatever method made them.
 
-  Attributes:
-    inv_freq: [..., head_dim / 2] radians per token, one per rotated pair.
-    attention_scale: factor on both cos and sin, so that logits are scaled by its square (YaRN).
-    theta: base of the geometric frequencies; None inside jit.
-    original_context: tokens that the base model was trained on; None inside jit.
-    history: the transforms applied, as ((name, options), ...); empty inside jit.
-    turns: the same frequencies in turns per token as 64-bit fixed point, two uint32 arrays
-      (whole and low part); filled in when a host Rope crosses into JAX.
+  Numbers:
+    inv_freq: [..., pairs] radians per token, one per rotated pair of channels. Leading axes, all
+      optional: [pairs], [layers, pairs] or [layers, heads, pairs] (heads that share keys, so KV
+      heads; either may be 1). See `stack`.
+    attention_scale: factor on both cos and sin, so that logits are scaled by its square (YaRN);
+      a number, or one for each leading index of inv_freq.
+    turns: the same frequencies as 64-bit fixed point, and the periods of `resonance`: three
+      uint32 arrays (whole turns, low part, period or 0); filled in when a host Rope enters JAX.
+    short, start_tokens: another rope for some tokens: those at positions before start_tokens
+      (LongRoPE's n-hat), and those that the caller of `cos_sin` marks (LongRoPE2's windows).
+    mix: (cos [..., pairs, pairs], sin [..., pairs, pairs], offset [pairs]): cos and sin are
+      mixed over the pairs and the offset is added to sin (FoPE).
+    time: length ratio t of a learned frequency dynamics (CLEX).
+
+  Host only, None or empty inside jit:
+    theta: base of the geometric frequencies.
+    original_context: tokens that the base model was trained on.
+    context: tokens that the frequencies are stretched for.
+    head_dim: channels of a head, of which the first 2 * pairs are rotated.
+    period: tokens after which a pair repeats exactly, 0 where it need not; see `resonance`.
+    history: the transforms applied, as ((name, options), ...).
   """
 
   inv_freq: np.ndarray | jax.Array
-  attention_scale: float | jax.Array = 1.0
+  attention_scale: float | np.ndarray | jax.Array = 1.0
   theta: float | None = None
   original_context: int | None = None
+  context: int | None = None
+  head_dim: int | None = None
   history: tuple = ()
-  turns: tuple[jax.Array, jax.Array] | None = None
+  period: np.ndarray | None = None
+  turns: tuple[jax.Array, jax.Array, jax.Array] | None = None
+  short: Rope | None = None
+  start_tokens: int | jax.Array | None = None
+  mix: tuple | None = None
+  time: float | jax.Array | None = None
 
   @property
-  def head_dim(self) -> int:
+  def rotary_dim(self) -> int:
     """Number of rotated channels of a head."""
     return 2 * self.inv_freq.shape[-1]
 
   @property
   def wavelengths(self) -> np.ndarray:
-    """[..., head_dim / 2] tokens per full turn; infinite where the frequency is zero."""
+    """[..., pairs] tokens per full turn; infinite where the frequency is zero."""
     with np.errstate(divide="ignore"):
       return TWO_PI / np.asarray(self.inv_freq, np.float64)
 
-  def apply(self, name: str, inv_freq, attention_scale: float = 1.0, **options) -> Rope:
+  @property
+  def extended_by(self) -> str | None:
+    """The transform that stretched this rope past its original context, if one has."""
+    found = None
+    for name, options in self.history:
+      if options.get("factor", 1) > 1 or "seq_len" in options:
+        found = name
+      elif name == "rebase":
+        found = None
+    return found
+
+  def apply(self, name: str, inv_freq, attention_scale=1.0, **options) -> Rope:
     """A new Rope with these frequencies; `attention_scale` multiplies the present one.
 
+    Args:
+      name: of the transform, for `history` and errors.
+      inv_freq: [..., pairs] radians per token.
+      attention_scale: as in `Rope`.
+      **options: for `history`. `factor` above 1, or `seq_len`, says that this stretches the rope.
+
     Raises:
-      ValueError: if a frequency is negative or not finite, or this Rope has been through jit.
+      ValueError: if a frequency is negative or not finite, their number differs, the rope is
+        stretched already, or it has been through jit.
     """
     if self.theta is None:
       raise ValueError(f"{name}: transforms run on the host, before jit; this rope came out of jit")
     inv_freq = np.asarray(inv_freq, np.float64)
     if not np.all(np.isfinite(inv_freq)) or np.any(inv_freq < 0):
       raise ValueError(f"{name}: frequencies must be finite and not negative, got {inv_freq}")
+    if inv_freq.shape[-1:] != self.inv_freq.shape[-1:]:
+      raise ValueError(
+        f"{name}: {self.inv_freq.shape[-1]} frequencies expected, got {inv_freq.shape}"
+      )
+    context, factor = self.context, options.get("factor", 1.0)
+    if factor > 1 or "seq_len" in options:
+      if self.extended_by:
+        raise ValueError(
+          f"{name}: this rope is already stretched by {self.extended_by}, to {self.context} tokens, "
+          "and would be scaled twice. If those frequencies are the model's own, say so with "
+          "rope.rebase(rope)"
+        )
+      context = max(options.get("seq_len", 0), round(self.original_context * factor))
     return dataclasses.replace(
       self,
       inv_freq=inv_freq,
-      attention_scale=float(self.attention_scale) * float(attention_scale),
+      attention_scale=self.attention_scale * attention_scale,
+      context=context,
       history=(*self.history, (name, options)),
+      period=None,
       turns=None,
     )
 
   def with_inv_freq(self, inv_freq: jax.Array) -> Rope:
     """The same rope with traced float32 frequencies, e.g. to differentiate or search them."""
-    return dataclasses.replace(self, inv_freq=inv_freq, turns=None)
+    return dataclasses.replace(self, inv_freq=inv_freq, period=None, turns=None)
 
   def tree_flatten(self):
+    rest = (self.short, self.start_tokens, self.mix, self.time)
     if isinstance(self.inv_freq, np.ndarray) and self.inv_freq.dtype == np.float64:
-      children = (
+      period = np.zeros_like(self.inv_freq) if self.period is None else self.period
+      numbers = (
         self.inv_freq.astype(np.float32),
         np.asarray(self.attention_scale, np.float32),
-        _fixed_point(self.inv_freq),
+        (*_fixed_point(self.inv_freq), period.astype(np.uint32)),
       )
     else:
-      children = (self.inv_freq, self.attention_scale, self.turns)
-    return children, None
+      numbers = (self.inv_freq, self.attention_scale, self.turns)
+    return (*numbers, *rest), None
 
   @classmethod
   def tree_unflatten(cls, _, children):
-    inv_freq, attention_scale, turns = children
-    return cls(inv_freq=inv_freq, attention_scale=attention_scale, turns=turns)
+    names = ("inv_freq", "attention_scale", "turns", "short", "start_tokens", "mix", "time")
+    return cls(**dict(zip(names, children)))
 
 
-def base(*, head_dim: int, theta: float, original_context: int) -> Rope:
-  """Plain RoPE: inv_freq_i = theta^(-2i / head_dim), i = 0 .. head_dim/2 - 1.
+def base(
+  *, head_dim: int, theta: float, original_context: int, partial_rotary_factor: float = 1.0
+) -> Rope:
+  """Plain RoPE: inv_freq_i = theta^(-2i / d), i = 0 .. d/2 - 1, d = rotated channels.
 
   Args:
-    head_dim: rotated channels of a head; even and positive.
+    head_dim: channels of a head; even and positive.
     theta: base of the geometric series, above 1.
     original_context: tokens that the model was trained on.
+    partial_rotary_factor: share of the channels that is rotated, d = head_dim * factor; the rest
+      pass through. Hugging Face's 'proportional' is another thing: see `proportional`.
 
   Raises:
     ValueError: naming the argument that is out of range.
@@ -108,11 +167,72 @@ def base(*, head_dim: int, theta: float, original_context: int) -> Rope:
     raise ValueError(f"theta must be finite and above 1, got {theta}")
   if original_context < 1:
     raise ValueError(f"original_context must be at least 1 token, got {original_context}")
-  inv_freq = float(theta) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-  return Rope(inv_freq, 1.0, float(theta), int(original_context))
+  d = int(head_dim * partial_rotary_factor)
+  if not 0 < partial_rotary_factor <= 1 or d < 2 or d % 2:
+    raise ValueError(
+      f"partial_rotary_factor={partial_rotary_factor} must be in (0, 1] and leave an even number "
+      f"of the {head_dim} channels, not {d}"
+    )
+  inv_freq = float(theta) ** (-np.arange(0, d, 2, dtype=np.float64) / d)
+  length = int(original_context)
+  return Rope(inv_freq, 1.0, float(theta), length, context=length, head_dim=int(head_dim))
 
 
-def cos_sin(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rebase(rope: Rope, original_context: int | None = None) -> Rope:
+  """Declares the frequencies of a rope the model's own, so that it can be stretched further.
+
+  A checkpoint that was itself extended (Llama 3.1, or one trained by this library) has a scaled
+  rope; what comes next starts from that one and from the context that it was trained for.
+
+  Args:
+    rope: as the model has it.
+    original_context: tokens that the model was trained on; `rope.context` if None.
+  """
+  length = int(original_context or rope.context)
+  history = (*rope.history, ("rebase", dict(original_context=length)))
+  return dataclasses.replace(rope, original_context=length, context=length, history=history)
+
+
+def stack(ropes: list[Rope], axis: str = "layer") -> Rope:
+  """One rope from several, one for each layer or for each KV head.
+
+  Args:
+    ropes: made from the same base; for axis 'head', all layers share them.
+    axis: 'layer' or 'head'.
+
+  Returns:
+    A Rope with inv_freq [layers, pairs], or [1, heads, pairs].
+
+  Raises:
+    ValueError: for another axis, or ropes that are stacked already or not alike.
+  """
+  if axis not in ("layer", "head"):
+    raise ValueError(f"axis must be 'layer' or 'head', got {axis!r}")
+  first = ropes[0]
+  for r in ropes:
+    if r.inv_freq.shape != first.inv_freq.shape or r.inv_freq.ndim != 1:
+      raise ValueError(f"stack: shapes {r.inv_freq.shape} and {first.inv_freq.shape}: not alike")
+    if any(x is not None for x in (r.short, r.start_tokens, r.mix, r.time)):
+      raise ValueError("stack: only ropes of frequencies and attention scales can be stacked")
+  lead = (len(ropes),) if axis == "layer" else (1, len(ropes))
+  periods = [np.zeros_like(r.inv_freq) if r.period is None else r.period for r in ropes]
+  return dataclasses.replace(
+    first,
+    inv_freq=np.stack([r.inv_freq for r in ropes]).reshape(*lead, -1),
+    attention_scale=np.array([r.attention_scale for r in ropes], np.float64).reshape(lead),
+    period=np.stack(periods).reshape(*lead, -1),
+    context=max(r.context for r in ropes),
+    history=(("stack", dict(axis=axis, of=[r.history for r in ropes])),),
+  )
+
+
+def cos_sin(
+  rope: Rope,
+  positions: jax.Array,
+  *,
+  fractions: jax.Array | None = None,
+  short: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the rotation angles, times the attention scale.
 
   The angle is reduced to one turn in 64-bit fixed point, where it is exact: multiplying two
@@ -120,30 +240,63 @@ def cos_sin(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
   would be off by 0.06 rad at two million tokens; this is within 1e-6 rad of the float64 angle at
   any int32 position. Frequencies traced in float32 (`with_inv_freq`) have but their own 24 bits,
   a relative 1e-7: rotations stay exact relative to each other, of a frequency that much off.
+  Pairs with a period (`resonance`) repeat bit for bit: positions are reduced modulo it first.
 
   Args:
-    rope: frequencies, of shape [head_dim / 2].
+    rope: frequencies, of shape [..., pairs].
     positions: [...] int32 token positions, not negative.
+    fractions: [...] float32 in [0, 1), added to positions (E2-LLM, CLEX); none if None.
+    short: [...] bool, tokens that get `rope.short` instead.
 
   Returns:
-    cos, sin: [..., head_dim / 2] float32. Differentiable with respect to `rope.inv_freq`.
+    cos, sin: float32 of the shape of positions, then of inv_freq ([tokens, pairs] if it has no
+    leading axes, [tokens, heads, pairs] with a heads axis). Differentiable with respect to
+    `rope.inv_freq`.
 
   Raises:
-    ValueError: if positions are not integers (a float or bf16 position is already wrong).
+    ValueError: if positions are not integers (a float or bf16 position is already wrong), or
+      `short` is given for a rope that has none.
   """
   positions = jnp.asarray(positions)
   if not jnp.issubdtype(positions.dtype, jnp.integer):
     raise ValueError(f"positions must be integers, got {positions.dtype}")
-  (inv_freq, scale, turns), _ = rope.tree_flatten()
+  cos, sin = _cos_sin(rope, positions, fractions)
+  if short is not None and rope.short is None:
+    raise ValueError("tokens are marked short, but this rope has no rope.short")
+  chosen = jnp.zeros(positions.shape, bool) if short is None else short
+  if rope.start_tokens is not None:
+    chosen |= positions < rope.start_tokens
+  if rope.short is not None and (short is not None or rope.start_tokens is not None):
+    wide = positions.shape + (1,) * (cos.ndim - positions.ndim)  # over layers and heads
+    others = [x.reshape(*wide[:-1], -1) for x in _cos_sin(rope.short, positions, fractions)]
+    cos, sin = (jnp.where(chosen.reshape(wide), a, b) for a, b in zip(others, (cos, sin)))
+  return cos, sin
+
+
+def _cos_sin(rope: Rope, positions, fractions) -> tuple[jax.Array, jax.Array]:
+  (inv_freq, scale, turns, *_), _ = rope.tree_flatten()
   inv_freq = jnp.asarray(inv_freq, jnp.float32)
-  high, low = _fixed_point_traced(inv_freq) if turns is None else turns
-  high, low = jnp.asarray(high, jnp.uint32), jnp.asarray(low, jnp.uint32)
-  p = positions.astype(jnp.uint32)[..., None]
+  p = positions.astype(jnp.uint32).reshape(positions.shape + (1,) * inv_freq.ndim)
+  if turns is None:
+    high, low = _fixed_point_traced(inv_freq)
+  else:
+    high, low, period = (jnp.asarray(x, jnp.uint32) for x in turns)
+    p = jnp.where(period > 0, p % jnp.maximum(period, 1), p)
   fraction = p * high + _multiply_high(p, low)  # in units of 2^-32 turn
   angle = fraction.astype(jnp.int32).astype(jnp.float32) * np.float32(TWO_PI / 2**32)
+  if fractions is not None:
+    angle += fractions.reshape(p.shape[: positions.ndim] + (1,) * inv_freq.ndim) * inv_freq
   # Zero in value; carries d angle / d inv_freq = position, which integers cannot.
-  angle += positions.astype(jnp.float32)[..., None] * (inv_freq - jax.lax.stop_gradient(inv_freq))
-  return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+  position = positions.astype(jnp.float32).reshape(positions.shape + (1,) * inv_freq.ndim)
+  angle += position * (inv_freq - jax.lax.stop_gradient(inv_freq))
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  if rope.mix is not None:
+    mix_cos, mix_sin, offset = (jnp.asarray(x, jnp.float32) for x in rope.mix)
+    cos = jnp.einsum("...p,...pq->...q", cos[..., None, :] if mix_cos.ndim > 2 else cos, mix_cos)
+    sin = jnp.einsum("...p,...pq->...q", sin[..., None, :] if mix_sin.ndim > 2 else sin, mix_sin)
+    sin += offset
+  scale = jnp.asarray(scale, jnp.float32)[..., None]
+  return cos * scale, sin * scale
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
@@ -154,23 +307,34 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = 
 
   Args:
     x: [..., tokens, heads, head_dim] queries or keys.
-    cos, sin: [..., tokens, head_dim / 2] from `cos_sin`.
+    cos, sin: [..., tokens, pairs] from `cos_sin`, or [..., tokens, groups, pairs] with angles of
+      their own for equal groups of heads. With fewer pairs than half the channels, the first
+      2 * pairs are rotated and the rest pass through (partial rotary).
     interleaved: pairs are channels (2i, 2i+1) as in RoFormer and GGUF files, instead of
-      (i, i + head_dim/2), the half-split layout of Hugging Face checkpoints.
+      (i, i + pairs), the half-split layout of Hugging Face checkpoints.
 
   Returns:
     The rotated array, with the shape and dtype of x.
 
   Raises:
-    ValueError: if head_dim is not twice the number of angles.
+    ValueError: if there are more pairs than channels, or groups do not divide the heads.
   """
-  pairs = cos.shape[-1]
-  if x.shape[-1] != 2 * pairs:
+  pairs, heads = cos.shape[-1], x.shape[-2]
+  if 2 * pairs > x.shape[-1]:
     raise ValueError(f"x has head_dim {x.shape[-1]}, but cos has {pairs} angles, for {2 * pairs}")
+  if cos.ndim == x.ndim:
+    if heads % cos.shape[-2]:
+      raise ValueError(f"{cos.shape[-2]} groups of angles do not divide {heads} heads")
+    cos, sin = (jnp.repeat(t, heads // t.shape[-2], axis=-2) for t in (cos, sin))
+  else:
+    cos, sin = cos[..., None, :], sin[..., None, :]
+  if 2 * pairs < x.shape[-1]:
+    rotated = rotate(x[..., : 2 * pairs], cos, sin, interleaved=interleaved)
+    return x.at[..., : 2 * pairs].set(rotated)
   axis = -1 if interleaved else -2
   x_pairs = x.reshape(*x.shape[:-1], *((pairs, 2) if interleaved else (2, pairs)))
   x_pairs = x_pairs.astype(jnp.float32)
-  cos, sin = (jnp.expand_dims(t[..., None, :], axis) for t in (cos, sin))
+  cos, sin = (jnp.expand_dims(t, axis) for t in (cos, sin))
   sign = np.array([-1.0, 1.0], np.float32).reshape((2,) if interleaved else (2, 1))
   rotated = x_pairs * cos + jnp.flip(x_pairs, axis) * (sign * sin)
   return rotated.reshape(x.shape).astype(x.dtype)

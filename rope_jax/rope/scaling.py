@@ -1,17 +1,16 @@
-"""Frequency transforms, one function per method, computed in float64 on the host.
+"""Interpolation: frequency transforms by an extension factor, computed in float64 on the host.
 
 Each takes a `Rope` and the extension factor s = target / original context, and returns a new
-`Rope`; they compose. Options are keyword-only: `config.rope.<method>` is made from the
-signature, so a new method needs a function here and a line in `SCALINGS`, nothing else.
+`Rope`; they compose with those of `shaping` and with `resonance`, not with each other (that would
+scale twice). Options are keyword-only: `config.rope.<method>` is made from the signature.
 
-Notation: d = head_dim, i = pair index, b = theta, L = original context in tokens.
+Notation: d = rotated channels, i = pair index, b = theta, L = original context in tokens.
 Every method raises ValueError for a factor below 1 or an option out of range, naming it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -25,7 +24,7 @@ def none(rope: Rope) -> Rope:
 
 def pi(rope: Rope, factor: float) -> Rope:
   """Position interpolation: all frequencies / s (Chen et al., arXiv 2306.15595). HF 'linear'."""
-  _check_factor("pi", factor)
+  check_factor("pi", factor)
   return rope.apply("pi", rope.inv_freq / factor, factor=factor)
 
 
@@ -34,8 +33,39 @@ def ntk(rope: Rope, factor: float) -> Rope:
 
   Source: bloc97, 2023, as in jquesnelle/yarn. HF has no name for it: it is a larger rope_theta.
   """
-  _check_factor("ntk", factor)
+  check_factor("ntk", factor)
   return rope.apply("ntk", rope.inv_freq * _ntk_multiplier(rope, factor), factor=factor)
+
+
+def ntk_critical(rope: Rope, factor: float) -> Rope:
+  """NTK by the critical dimension: b -> b^(ln(T / 2 pi) / ln(L / 2 pi)), T = s L.
+
+  The pair whose wavelength was L then has wavelength T: it is interpolated by exactly s, slower
+  pairs by more. Source: Liu et al., Scaling Laws of RoPE-based Extrapolation (arXiv 2310.05209);
+  the 'NTK' of the LongRoPE2 paper.
+  """
+  check_factor("ntk_critical", factor)
+  L = rope.original_context
+  if L <= TWO_PI:
+    raise ValueError(f"ntk_critical: original_context must be above 2 pi tokens, got {L}")
+  power = math.log(factor * L / TWO_PI) / math.log(L / TWO_PI)
+  multiplier = rope.theta ** ((power - 1) * -_places(rope))
+  return rope.apply("ntk_critical", rope.inv_freq * multiplier, factor=factor)
+
+
+def ntk_mixed(rope: Rope, factor: float, *, b: float = 0.625) -> Rope:
+  """Mixed-base NTK: each frequency divided by exp(a (i + 1)^b), a = ln(s) / (d/2)^b.
+
+  The slowest pair is divided by s, and b says how the rest share it (b = 1: evenly in the
+  logarithm). Source: kexue.fm 9706, vLLM's NTKScalingRotaryEmbedding with `mixed_b`; the default
+  0.625 is the example of that article.
+  """
+  check_factor("ntk_mixed", factor)
+  if not b > 0:
+    raise ValueError(f"ntk_mixed.b must be positive, got {b}")
+  half = rope.rotary_dim // 2
+  inv_freq = rope.inv_freq * factor ** -((np.arange(1, half + 1) / half) ** b)
+  return rope.apply("ntk_mixed", inv_freq, factor=factor, b=b)
 
 
 def ntk_by_parts(
@@ -60,12 +90,43 @@ def ntk_by_parts(
     truncate: round the ends of the 'dim' ramp outwards to whole pairs, as the code does.
 
   Source: Peng et al., YaRN (arXiv 2309.00071) section 3.2; jquesnelle/yarn. The three-way blend
-  of that repository's `LlamaPartNTKScaledRotaryEmbedding` is an older method, not this one.
+  that the repository itself calls PartNTK is an older method: `ntk_by_parts_v1`.
   """
-  _check_factor("ntk_by_parts", factor)
+  check_factor("ntk_by_parts", factor)
   inv_freq = _by_parts(rope, factor, "ntk_by_parts", ramp, beta_fast, beta_slow, truncate)
   options = dict(ramp=ramp, beta_fast=beta_fast, beta_slow=beta_slow, truncate=truncate)
   return rope.apply("ntk_by_parts", inv_freq, factor=factor, **options)
+
+
+def ntk_by_parts_v1(
+  rope: Rope,
+  factor: float,
+  *,
+  beta: tuple[float, float] = (1.25, 0.75),
+  gamma: tuple[float, float] = (16.0, 2.0),
+) -> Rope:
+  """The older three-way blend: interpolated to NTK over `beta`, then to untouched over `gamma`.
+
+  Args:
+    rope: base frequencies.
+    factor: s.
+    beta: rotations inside L from which a pair is NTK-aware, and below which it is interpolated.
+    gamma: rotations from which a pair is untouched, and below which it is as by `beta`.
+
+  Source: jquesnelle/yarn, `LlamaPartNTKScaledRotaryEmbedding` (master); before the paper.
+  """
+  check_factor("ntk_by_parts_v1", factor)
+  for name, value in (("beta", beta), ("gamma", gamma)):
+    if len(value) != 2:
+      raise ValueError(f"ntk_by_parts_v1.{name} must be two numbers of rotations, got {value}")
+  ntk_freq = rope.inv_freq * _ntk_multiplier(rope, factor)
+  slow = _ramp(rope, "ntk_by_parts_v1.beta", *beta)
+  blend = ntk_freq * slow + rope.inv_freq / factor * (1 - slow)
+  keep = _ramp(rope, "ntk_by_parts_v1.gamma", *gamma)
+  inv_freq = rope.inv_freq * keep + blend * (1 - keep)
+  return rope.apply(
+    "ntk_by_parts_v1", inv_freq, factor=factor, beta=tuple(beta), gamma=tuple(gamma)
+  )
 
 
 def yarn(
@@ -93,7 +154,7 @@ def yarn(
 
   Source: Peng et al. (arXiv 2309.00071); keys and defaults of Hugging Face's 'yarn'.
   """
-  _check_factor("yarn", factor)
+  check_factor("yarn", factor)
   inv_freq = _by_parts(rope, factor, "yarn", ramp, beta_fast, beta_slow, truncate)
   if bool(mscale) != bool(mscale_all_dim):
     raise ValueError(
@@ -106,7 +167,7 @@ def yarn(
       raise ValueError(f"yarn.attention_factor must be positive, got {attention_factor}")
     scale = attention_factor
   else:
-    scale = _mscale(factor, mscale or 1.0) / (_mscale(factor, mscale_all_dim) if mscale else 1.0)
+    scale = temperature(factor, mscale or 1.0) / (temperature(factor, mscale_all_dim) if mscale else 1.0)
   options = dict(ramp=ramp, beta_fast=beta_fast, beta_slow=beta_slow, truncate=truncate)
   options |= dict(mscale=mscale, mscale_all_dim=mscale_all_dim, attention_factor=attention_factor)
   return rope.apply("yarn", inv_freq, scale, factor=factor, **options)
@@ -121,13 +182,34 @@ def dynamic_ntk(rope: Rope, factor: float, *, seq_len: int) -> Rope:
   stale against a KV cache. With s = 1 this is NTK-aware with factor n / L.
   Source: Hugging Face 'dynamic' (where L is max_position_embeddings), jquesnelle/yarn.
   """
-  _check_factor("dynamic_ntk", factor)
-  if seq_len < 1:
-    raise ValueError(f"dynamic_ntk: seq_len must be at least 1 token, got {seq_len}")
+  check_factor("dynamic_ntk", factor)
+  check_length("dynamic_ntk", seq_len)
   ratio = max(seq_len, rope.original_context) / rope.original_context
   alpha = factor * ratio - (factor - 1)
   options = dict(factor=factor, seq_len=seq_len)
   return rope.apply("dynamic_ntk", rope.inv_freq * _ntk_multiplier(rope, alpha), **options)
+
+
+def dynamic_yarn(
+  rope: Rope,
+  *,
+  seq_len: int,
+  ramp: str = "dim",
+  beta_fast: float = 32.0,
+  beta_slow: float = 1.0,
+  truncate: bool = True,
+) -> Rope:
+  """YaRN with s = max(1, n / L) for a sequence of n = `seq_len` tokens; options as in `yarn`.
+
+  Short inputs are untouched. Deviation: the released class never shrinks back after a long
+  input, and its model file divides by max_position_embeddings instead of L; here s is a function
+  of the length alone. Source: jquesnelle/yarn, `LlamaDynamicYaRNScaledRotaryEmbedding`.
+  """
+  check_length("dynamic_yarn", seq_len)
+  s = max(seq_len / rope.original_context, 1.0)
+  inv_freq = _by_parts(rope, s, "dynamic_yarn", ramp, beta_fast, beta_slow, truncate)
+  options = dict(ramp=ramp, beta_fast=beta_fast, beta_slow=beta_slow, truncate=truncate)
+  return rope.apply("dynamic_yarn", inv_freq, temperature(s), seq_len=seq_len, **options)
 
 
 def llama3(
@@ -138,7 +220,7 @@ def llama3(
   Pairs with r > high_freq_factor are untouched, with r < low_freq_factor divided by s, and
   between them the blend is linear in r. Source: meta-llama, Hugging Face 'llama3'.
   """
-  _check_factor("llama3", factor)
+  check_factor("llama3", factor)
   if not 0 < low_freq_factor < high_freq_factor:
     raise ValueError(
       "llama3 needs 0 < low_freq_factor < high_freq_factor, got "
@@ -150,27 +232,28 @@ def llama3(
   return rope.apply("llama3", _blend(rope, factor, keep), factor=factor, **options)
 
 
-SCALINGS: dict[str, Callable[..., Rope]] = dict(
-  none=none,
-  pi=pi,
-  ntk=ntk,
-  ntk_by_parts=ntk_by_parts,
-  yarn=yarn,
-  dynamic_ntk=dynamic_ntk,
-  llama3=llama3,
-)
-
-
-def _check_factor(name: str, factor: float) -> None:
+def check_factor(name: str, factor: float) -> None:
+  """Raises ValueError, naming the method, for a factor below 1 or not finite."""
   if not (math.isfinite(factor) and factor >= 1):
     raise ValueError(f"{name}: factor must be finite and at least 1, got {factor}")
 
 
+def check_length(name: str, seq_len: int) -> None:
+  """Raises ValueError, naming the method, for a sequence of no tokens."""
+  if seq_len < 1:
+    raise ValueError(f"{name}: seq_len must be at least 1 token, got {seq_len}")
+
+
+def _places(rope: Rope) -> np.ndarray:
+  """2i / d of each pair: the base theta has frequencies theta^-place."""
+  return np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / rope.rotary_dim
+
+
 def _ntk_multiplier(rope: Rope, alpha: float) -> np.ndarray:
   """What b -> b alpha^(d/(d-2)) does to each frequency: alpha^(-2i/(d-2)), from 1 to 1/alpha."""
-  if rope.head_dim < 4:
-    raise ValueError(f"NTK scaling needs head_dim >= 4, got {rope.head_dim}")
-  return alpha ** (-np.arange(0, rope.head_dim, 2, dtype=np.float64) / (rope.head_dim - 2))
+  if rope.rotary_dim < 4:
+    raise ValueError(f"NTK scaling needs at least 4 rotated channels, got {rope.rotary_dim}")
+  return alpha ** (-np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / (rope.rotary_dim - 2))
 
 
 def _blend(rope: Rope, factor: float, keep: np.ndarray) -> np.ndarray:
@@ -189,24 +272,43 @@ def _by_parts(rope, factor, name, ramp, beta_fast, beta_slow, truncate) -> np.nd
     return _blend(rope, factor, (rotations - beta_slow) / (beta_fast - beta_slow))
   if ramp != "dim":
     raise ValueError(f"{name}.ramp must be 'dim' or 'rotation', got {ramp!r}")
+  return _blend(rope, factor, _ramp(rope, name, beta_fast, beta_slow, truncate))
 
-  def pair_with(rotations):  # the (fractional) pair that turns so often within L
-    return (
-      rope.head_dim
-      * math.log(rope.original_context / (TWO_PI * rotations))
-      / (2 * math.log(rope.theta))
-    )
 
-  low, high = pair_with(beta_fast), pair_with(beta_slow)
+def _ramp(rope: Rope, name: str, fast: float, slow: float, truncate: bool = True) -> np.ndarray:
+  """1 for pairs with more rotations than `fast` inside L, 0 below `slow`, linear in the index."""
+  if not 0 < slow < fast:
+    raise ValueError(f"{name}: rotations must fall from fast to slow, got {fast} and {slow}")
+  low, high = _pair_with(rope, name, fast), _pair_with(rope, name, slow)
   if truncate:
     low, high = math.floor(low), math.ceil(high)
   # The released code and HF clamp at d - 1 although pairs end at d/2 - 1: kept, for equality.
-  low, high = max(low, 0), min(high, rope.head_dim - 1)
+  low, high = max(low, 0), min(high, rope.rotary_dim - 1)
   if low == high:
     high += 0.001
-  index = np.arange(rope.head_dim // 2, dtype=np.float64)
-  return _blend(rope, factor, 1 - (index - low) / (high - low))
+  index = np.arange(rope.rotary_dim // 2, dtype=np.float64)
+  return np.clip(1 - (index - low) / (high - low), 0.0, 1.0)
 
 
-def _mscale(factor: float, k: float) -> float:
+def _pair_with(rope: Rope, name: str, rotations: float) -> float:
+  """The (fractional) pair that turns so often within L."""
+  geometric = rope.theta ** -_places(rope)
+  if rope.inv_freq.ndim > 1:
+    raise ValueError(f"{name}: apply it before stacking ropes by layer or head")
+  if not np.allclose(rope.inv_freq, geometric, rtol=1e-9, atol=0):
+    # A base that is itself scaled has other rotations than theta says: read them off.
+    turning = rope.inv_freq > 0
+    log_turns = np.log(rope.original_context * rope.inv_freq[turning] / TWO_PI)
+    if len(log_turns) > 1 and np.all(np.diff(log_turns) <= 0):
+      return float(np.interp(-math.log(rotations), -log_turns, np.flatnonzero(turning)))
+    raise ValueError(f"{name}: needs frequencies that fall from pair to pair")
+  return (
+    rope.rotary_dim
+    * math.log(rope.original_context / (TWO_PI * rotations))
+    / (2 * math.log(rope.theta))
+  )
+
+
+def temperature(factor: float, k: float = 1.0) -> float:
+  """YaRN's scale of cos and sin, 0.1 k ln(s) + 1."""
   return 0.1 * k * math.log(factor) + 1.0

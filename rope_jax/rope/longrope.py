@@ -1,0 +1,164 @@
+"""LongRoPE and LongRoPE2: a factor of its own for each pair, found by search.
+
+Sources: Ding et al. (arXiv 2402.13753) and microsoft/LongRoPE; Shang et al. (arXiv 2502.20082)
+and microsoft/nnscaler examples/longrope2; Hugging Face 'longrope'. Notation as in `scaling`.
+
+All are functions of the length of the sequence: up to L tokens the short factors, above L (not at
+L) the long ones, decided anew for each call. Keys cached under one list do not fit the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from rope_jax.rope.resonance import critical_pair
+from rope_jax.rope.rotary import Rope
+from rope_jax.rope.scaling import check_factor, check_length, temperature
+
+
+def longrope(
+  rope: Rope,
+  factor: float,
+  *,
+  seq_len: int,
+  long_factor: tuple[float, ...] = (),
+  short_factor: tuple[float, ...] = (),
+  start_tokens: int = 0,
+  attention: str = "su",
+) -> Rope:
+  """LongRoPE: each frequency divided by its own factor lambda_i.
+
+  Args:
+    rope: base frequencies.
+    factor: s, for the attention scale only.
+    seq_len: tokens of the sequence; the long factors hold above L.
+    long_factor: lambda, [pairs] or [layers, pairs].
+    short_factor: the same for up to L tokens; all ones if empty.
+    start_tokens: n-hat; tokens before it keep the frequencies of `rope`, unscaled, and its
+      attention scale, as in the release. Angles then depend on more than relative position.
+    attention: scale of cos and sin at any length: 'su' is sqrt(1 + ln s / ln L), 'yarn' is
+      0.1 ln s + 1, or a number.
+  """
+  check_factor("longrope", factor)
+  check_length("longrope", seq_len)
+  options = dict(
+    long_factor=_factors(rope, "longrope.long_factor", long_factor),
+    short_factor=_factors(rope, "longrope.short_factor", short_factor, default=1.0),
+    start_tokens=start_tokens,
+    attention=attention,
+  )
+  factors = options["long_factor" if seq_len > rope.original_context else "short_factor"]
+  scale = _attention(rope, "longrope", attention, factor)
+  if start_tokens < 0:
+    raise ValueError(f"longrope.start_tokens must be 0 or positive, got {start_tokens}")
+  out = rope.apply(
+    "longrope", rope.inv_freq / factors, scale, factor=factor, seq_len=seq_len, **options
+  )
+  if not start_tokens:
+    return out
+  return dataclasses.replace(out, short=rope, start_tokens=start_tokens)
+
+
+def longrope2(
+  rope: Rope,
+  factor: float,
+  *,
+  seq_len: int,
+  critical: int = 0,
+  tail: tuple[float, ...] = (),
+  attention: str = "su",
+) -> Rope:
+  """LongRoPE2: lambda_i = lambda_c^(i / c) below the critical pair c; from c on, searched factors.
+
+  Up to L tokens the rope is untouched.
+
+  Args:
+    rope: base frequencies.
+    factor: s.
+    seq_len: tokens of the sequence.
+    critical: c; 0 is the theoretical one, the first pair whose wavelength reaches L (Llama-3 8B:
+      35; its searched factors have 33).
+    tail: lambda from pair c on, not falling and at least s; s for all if empty.
+    attention: as in `longrope`.
+  """
+  check_factor("longrope2", factor)
+  pairs = rope.rotary_dim // 2
+  if rope.inv_freq.ndim > 1:
+    raise ValueError("longrope2: apply it before stacking ropes by layer or head")
+  c = critical or critical_pair(rope)
+  if not 0 < c < pairs:
+    raise ValueError(f"longrope2.critical must be from 1 to {pairs - 1}, got {c}")
+  above = np.asarray(tail or [factor] * (pairs - c), np.float64)
+  if above.shape != (pairs - c,):
+    raise ValueError(
+      f"longrope2.tail must have {pairs - c} factors, for pairs {c} to {pairs - 1}, "
+      f"got {len(above)}"
+    )
+  if np.any(np.diff(above) < 0) or above[0] < factor:
+    raise ValueError(
+      f"longrope2.tail must not fall and be at least factor={factor:g}, got {tuple(above)}"
+    )
+  long_factor = np.concatenate([above[0] ** (np.arange(c) / c), above])
+  out = longrope(
+    rope, factor, seq_len=seq_len, long_factor=tuple(long_factor), attention=attention
+  )
+  return dataclasses.replace(out, history=(*rope.history, ("longrope2", out.history[-1][1])))
+
+
+def dynamic_longrope(
+  rope: Rope,
+  factor: float,
+  *,
+  seq_len: int,
+  long_factor: tuple[float, ...] = (),
+  attention: str = "su",
+) -> Rope:
+  """LongRoPE factors shrunk to the length: lambda' = 1 + (lambda - 1)(s' - 1) / (s - 1).
+
+  s' = max(1, n / L) for n = `seq_len` tokens: untouched up to L, the searched factors at s L, more
+  beyond. The attention scale is that of s. Deviation: without the maximum the release goes below
+  one for short inputs. Source: microsoft/LongRoPE, `DynamicLongRoPEScaledRotaryEmbedding`.
+  """
+  check_factor("dynamic_longrope", factor)
+  check_length("dynamic_longrope", seq_len)
+  full = _factors(rope, "dynamic_longrope.long_factor", long_factor)
+  s = max(seq_len / rope.original_context, 1.0)
+  factors = 1 + (full - 1) * (s - 1) / (factor - 1) if factor > 1 else np.ones_like(full)
+  scale = _attention(rope, "dynamic_longrope", attention, factor)
+  options = dict(factor=factor, seq_len=seq_len, long_factor=full, attention=attention)
+  return rope.apply("dynamic_longrope", rope.inv_freq / factors, scale, **options)
+
+
+def _factors(rope: Rope, key: str, factors, default: float | None = None) -> np.ndarray:
+  pairs = rope.rotary_dim // 2
+  if not len(factors) and default is not None:
+    return np.full(pairs, default)
+  try:
+    out = np.asarray(factors, np.float64)
+  except (TypeError, ValueError):
+    out = np.empty(0)
+  if out.ndim not in (1, 2) or out.shape[-1] != pairs:
+    raise ValueError(
+      f"{key} must have a factor for each of the {pairs} pairs (or a row of them for each layer), "
+      f"got {out.shape[-1] if out.ndim == 1 else out.shape}"
+    )
+  if not (np.all(np.isfinite(out)) and np.all(out > 0)):
+    raise ValueError(f"{key} must be finite and positive, got {out.tolist()}")
+  return out
+
+
+def _attention(rope: Rope, name: str, policy, factor: float) -> float:
+  if policy == "su":
+    return math.sqrt(1 + math.log(factor) / math.log(rope.original_context)) if factor > 1 else 1.0
+  if policy == "yarn":
+    return temperature(factor)
+  try:
+    scale = float(policy)
+  except (TypeError, ValueError):
+    scale = -1.0
+  if not (math.isfinite(scale) and scale > 0):
+    raise ValueError(f"{name}.attention must be 'su', 'yarn' or a positive number, got {policy!r}")
+  return scale
