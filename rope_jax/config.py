@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import typing
 
@@ -23,7 +24,7 @@ from rope_jax.errors import choice
 from rope_jax.weights import RUN_FILE
 
 # Given by `resolve.rope`, not by the user.
-_RESOLVED = ("rope", "factor", "seq_len")
+_RESOLVED = ("rope", "factor", "seq_len", "kv_heads")
 
 
 def base() -> ConfigDict:
@@ -41,16 +42,26 @@ def base() -> ConfigDict:
   c.rope.original_context = 4096  # tokens that the base model was trained on
   c.rope.context = 4096  # target tokens
   c.rope.factor = placeholder(float)  # context / original_context unless given
-  c.rope.scaling = "none"
+  c.rope.partial_rotary_factor = 1.0  # share of the channels of a head that is rotated
+  c.rope.scaling = "none"  # docs/methods.md lists them
   c.rope.resonance = False
-  c.rope.phase = "none"  # 'none' or 'psc'
+  c.rope.phase = "none"  # 'none', 'psc' or 'psc_rotation'
   for name, function in rope.SCALINGS.items():
     options = method_options(function)
     if options:
       c.rope[name] = ConfigDict(options)
+  # Factor lists from a file: JSON {"long_factor": [...], "short_factor": [...]}, or CSV; a row of
+  # factors, or one for each layer.
+  c.rope.longrope.factors = ""
+  c.rope.dynamic_longrope.factors = ""
   c.rope.psc = ConfigDict()
   c.rope.psc.calibration = "pre"  # 'pre' or 'post' the rotation
   c.rope.psc.init = "released"  # 'released' (bound 1/d) or 'fan_in' (1/sqrt d)
+  c.rope.psc.share = "none"  # parameters shared by 'heads', 'layers' or 'all'
+  c.rope.psc_rotation = ConfigDict()
+  c.rope.psc_rotation.init = "released"
+  c.rope.psc_rotation.share = "none"
+  c.rope.psc_rotation.bound = math.pi  # largest angle, radians; 0: unbounded
 
   c.model = ConfigDict()
   c.model.vocab_size = 256
@@ -82,6 +93,8 @@ def base() -> ConfigDict:
   c.data.text_key = ""  # the feature with the text of a TFDS corpus; '' if there is only one
   c.data.packing = "pack"  # or 'document': one per sequence, cut or padded
   c.data.length = 0  # tokens of a training sequence; 0: rope.context
+  # 'sequential', 'pose', 'e2_llm', 'randomised', 'clex' or 'mixed' (rope_jax/rope/positions.py)
+  c.data.positions = "sequential"
   c.data.append_eos = True  # after each document, where the tokenizer has one
   c.data.min_tokens = 0  # leave out shorter documents
   c.data.dir = ""  # prepared corpora and token caches; '' is ~/.cache/rope_jax, or $ROPE_JAX_DATA
@@ -270,7 +283,11 @@ def _assign(c: ConfigDict, values: dict) -> None:
     if isinstance(value, dict):
       _assign(c[key], value)
     else:
-      c[key] = tuple(value) if isinstance(value, list) else value
+      c[key] = _tuples(value)
+
+
+def _tuples(value):
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _flat(c: ConfigDict, prefix: str = "") -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from rope_jax import resolve
 
 
@@ -12,8 +14,14 @@ def rope_line(c) -> str:
   line += ", resonance" if r["resonance"] else ""
   line += f", phase {r['phase']}" if r["phase"] != "none" else ""
   line += f"; context {r['original_context']:,} -> {r['context']:,}, theta {r['theta']:g}"
-  line += f", attention scale {r['attention_scale']:.4f}"
-  return line + f", wavelengths {r['wavelengths'][0]:.2f} .. {r['wavelengths'][-1]:,.0f} tokens"
+  scale, w = np.asarray(r["attention_scale"]), np.array(r["wavelengths"], np.float64)  # None: nan
+  line += f", attention scale {scale.min():.4f}"
+  line += f" .. {scale.max():.4f}" if scale.min() != scale.max() else ""
+  if np.isnan(w).all():
+    return line + ", no pair turns"
+  line += f", wavelengths {np.nanmin(w):.2f} .. {np.nanmax(w):,.0f} tokens"
+  still = np.isnan(w).sum()
+  return line + (f", {still} of {w.size} pairs stand still" if still else "")
 
 
 def table(results: dict[str, dict]) -> str:

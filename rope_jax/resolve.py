@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from rope_jax import config
+from rope_jax import config, factors
 from rope_jax import rope as rope_lib
 from rope_jax.errors import check, choice
+
+PHASES = ("none", "psc", "psc_rotation")
 
 
 def rope(c: ConfigDict, seq_len: int | None = None) -> rope_lib.Rope:
@@ -24,20 +28,63 @@ def rope(c: ConfigDict, seq_len: int | None = None) -> rope_lib.Rope:
   r = c.rope
   _validate(c)
   function = rope_lib.SCALINGS[r.scaling]
-  parameters = inspect.signature(function).parameters
   options = {k: r[r.scaling][k] for k in config.method_options(function)}
-  if "factor" in parameters:
-    options["factor"] = factor(c)
-  if "seq_len" in parameters:
-    options["seq_len"] = seq_len or r.context
+  if r.scaling in r and r[r.scaling].get("factors"):
+    options |= _from_file(c)
+  given = dict(
+    factor=factor(c), seq_len=seq_len or r.context, kv_heads=c.model.num_kv_heads
+  )  # fmt: skip
+  options |= {k: v for k, v in given.items() if k in inspect.signature(function).parameters}
   try:
-    out = rope_lib.base(
-      head_dim=c.model.head_dim, theta=r.theta, original_context=r.original_context
-    )
-    out = function(out, **options)
-    return rope_lib.resonance(out) if r.resonance else out
+    out = function(base(c), **options)
+    out = rope_lib.resonance(out) if r.resonance else out
   except ValueError as error:
     raise ValueError(f"config.rope: {error}") from None
+  layers = out.inv_freq.shape[0] if out.inv_freq.ndim > 1 else 1
+  check(layers in (1, c.model.num_layers), f"rope.{r.scaling}", f"{layers} rows of frequencies",
+        f"one, or one for each of model.num_layers={c.model.num_layers}")  # fmt: skip
+  return dataclasses.replace(out, context=r.context)
+
+
+def base(c: ConfigDict) -> rope_lib.Rope:
+  """The rope that the base model was trained with."""
+  r = c.rope
+  try:
+    return rope_lib.base(
+      head_dim=c.model.head_dim,
+      theta=r.theta,
+      original_context=r.original_context,
+      partial_rotary_factor=r.partial_rotary_factor,
+    )
+  except ValueError as error:
+    raise ValueError(f"config.rope: {error}") from None
+
+
+def training_rope(c: ConfigDict, time: int = 1) -> rope_lib.Rope:
+  """The rope of a training step, which goes with the positions that config.data.positions gives.
+
+  Args:
+    c: a config.
+    time: CLEX's t of this step.
+  """
+  kind, length = c.data.positions, config.train_length(c)
+  if kind == "e2_llm":
+    return base(c)  # the scales are in the positions; the config's rope is for inference
+  if kind in ("pose", "randomised"):
+    return rope(c, c.rope.context)
+  if kind == "clex":
+    return rope(c, time * c.rope.original_context)
+  long = rope(c, length)
+  if kind != "mixed":
+    return long
+  # Short segments: what the method gives to so few tokens, or else the untouched base.
+  own = depends_on_length(c)
+  return dataclasses.replace(long, short=rope(c, c.rope.original_context) if own else base(c))
+
+
+def depends_on_length(c: ConfigDict) -> bool:
+  """Whether the frequencies of the config's method are a function of the sequence length."""
+  return "seq_len" in inspect.signature(rope_lib.SCALINGS[c.rope.scaling]).parameters
 
 
 def factor(c: ConfigDict) -> float:
@@ -46,9 +93,9 @@ def factor(c: ConfigDict) -> float:
 
 
 def describe(c: ConfigDict, seq_len: int | None = None) -> dict:
-  """The resolved rope as plain data, for the screen and for JSON."""
+  """The resolved rope as plain data for screen and JSON; an infinite wavelength is None."""
   r = rope(c, seq_len)
-  return dict(
+  out = dict(
     scaling=c.rope.scaling,
     factor=1.0 if c.rope.scaling == "none" else factor(c),
     resonance=c.rope.resonance,
@@ -57,27 +104,65 @@ def describe(c: ConfigDict, seq_len: int | None = None) -> dict:
     head_dim=c.model.head_dim,
     original_context=c.rope.original_context,
     context=c.rope.context,
-    attention_scale=float(r.attention_scale),
+    attention_scale=np.asarray(r.attention_scale).tolist(),
     inv_freq=r.inv_freq.tolist(),
-    wavelengths=r.wavelengths.tolist(),
-    history=[[name, options] for name, options in r.history],
+    wavelengths=_plain(r.wavelengths.tolist()),
+    critical_pair=rope_lib.critical_pair(base(c)),
+    history=_plain([[name, options] for name, options in r.history]),
   )
+  return out | (dict(seq_len=seq_len or c.rope.context) if depends_on_length(c) else {})
+
+
+def disturbance(c: ConfigDict, seq_len: int | None = None) -> list:
+  """Of each pair, by how much the rope moves its angle distribution at rope.context tokens."""
+  r = rope(c, seq_len)
+  rows = [dataclasses.replace(r, inv_freq=row) for row in r.inv_freq.reshape(-1, r.rotary_dim // 2)]
+  found = [rope_lib.disturbance(row, base(c), c.rope.context).tolist() for row in rows]
+  return found[0] if r.inv_freq.ndim == 1 else found
+
+
+def _plain(value):
+  """JSON has no infinity, no arrays and no tuples."""
+  if isinstance(value, dict):
+    return {k: _plain(v) for k, v in value.items()}
+  if isinstance(value, np.ndarray):
+    value = value.tolist()
+  if isinstance(value, (list, tuple)):
+    return [_plain(v) for v in value]
+  return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _from_file(c: ConfigDict) -> dict:
+  key, block = f"rope.{c.rope.scaling}", c.rope[c.rope.scaling]
+  check(not block.long_factor, f"{key}.long_factor", block.long_factor,
+        f"() where {key}.factors names a file")  # fmt: skip
+  try:
+    found = factors.read(block.factors)
+  except ValueError as error:
+    raise ValueError(f"config.{key}.factors={block.factors!r}: {error}") from None
+  return {k: v for k, v in found.items() if k in block}
 
 
 def _validate(c: ConfigDict) -> None:
   r = c.rope
   choice("rope.scaling", r.scaling, rope_lib.SCALINGS)
-  choice("rope.phase", r.phase, ("none", "psc"))
+  choice("rope.phase", r.phase, PHASES)
   choice("rope.psc.calibration", r.psc.calibration, ("pre", "post"))
-  choice("rope.psc.init", r.psc.init, ("released", "fan_in"))
+  for phase in PHASES[1:]:
+    choice(f"rope.{phase}.init", r[phase].init, ("released", "fan_in"))
+    choice(f"rope.{phase}.share", r[phase].share, ("none", "heads", "layers", "all"))
+  check(r.psc_rotation.bound >= 0, "rope.psc_rotation.bound", r.psc_rotation.bound,
+        "0 (unbounded) or positive radians")  # fmt: skip
   check(r.original_context >= 1, "rope.original_context", r.original_context, "at least 1 token")
   check(r.context >= r.original_context, "rope.context", r.context,
          f"at least rope.original_context={r.original_context}")  # fmt: skip
+  parameters = inspect.signature(rope_lib.SCALINGS[r.scaling]).parameters
+  needs_factor = "factor" in parameters and parameters["factor"].default is inspect.Parameter.empty
   if r.factor is not None:
     check(r.factor >= 1, "rope.factor", r.factor, "at least 1")
-    check(r.scaling != "none", "rope.factor", r.factor,
-           "not to be set, since rope.scaling='none' uses no factor")  # fmt: skip
-  elif r.scaling != "none":
+    check("factor" in parameters, "rope.factor", r.factor,
+           f"not to be set, since rope.scaling={r.scaling!r} uses no factor")  # fmt: skip
+  elif needs_factor or "seq_len" in parameters:
     check(r.context > r.original_context, "rope.context", r.context,
            f"above rope.original_context={r.original_context}: rope.scaling={r.scaling!r} would do "
            "nothing")  # fmt: skip

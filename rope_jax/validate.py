@@ -8,6 +8,8 @@ import os
 from ml_collections import ConfigDict
 
 from rope_jax import resolve
+from rope_jax.config import train_length
+from rope_jax.data import POSITIONS
 from rope_jax.errors import check, choice
 from rope_jax.evals import EVALS
 from rope_jax.model.config import ATTENTION, LORA_TARGETS, REMAT
@@ -73,7 +75,7 @@ def validate(c: ConfigDict) -> None:
   trains_base = t.trainable == "all" and t.steps
   check(not trains_base or m.param_dtype == "float32", "model.param_dtype", m.param_dtype,
         "'float32' where the base is trained: bfloat16 rounds updates away")  # fmt: skip
-  has_adapters = c.lora.rank > 0 or c.rope.phase != "none"
+  has_adapters = c.lora.rank > 0 or c.rope.phase != "none" or c.rope.scaling == "clex"
   if t.steps:
     check(t.trainable == "all" or has_adapters, "train.trainable", t.trainable,
            "'all', since there is no adapter: lora.rank is 0 and rope.phase is 'none'")  # fmt: skip
@@ -83,6 +85,7 @@ def validate(c: ConfigDict) -> None:
   check(d.length >= 0, "data.length", d.length, "0 (rope.context) or positive")
   check(d.length <= c.rope.context, "data.length", d.length,
          f"at most rope.context={c.rope.context}")  # fmt: skip
+  _positions(c)
   if not d.source.startswith("tfds:"):
     check(not d.text_key, "data.text_key", d.text_key, "'' unless data.source is 'tfds:NAME'")
     check(d.source == "stdlib" or os.path.exists(d.source) or glob.glob(d.source, recursive=True),
@@ -91,6 +94,29 @@ def validate(c: ConfigDict) -> None:
   _init(c)
   for name, entry in c.evals.items():
     _eval(c, f"evals.{name}", entry)
+
+
+def _positions(c: ConfigDict) -> None:
+  """Positions that the method, the lengths or the packing do not go with."""
+  kind, r, length, L = c.data.positions, c.rope, train_length(c), c.rope.original_context
+  choice("data.positions", kind, POSITIONS)
+  there = f"with data.positions={kind!r}"
+  trains_clex = r.scaling == "clex" and c.train.steps > 0
+  check((kind == "clex") == trains_clex, "data.positions", kind,
+        "'clex' where rope.scaling='clex' is trained, and nowhere else")  # fmt: skip
+  if kind in ("pose", "randomised"):
+    check(length < r.context, "data.length", length, f"below rope.context={r.context} {there}")
+  if kind == "pose":
+    check(c.data.packing == "document", "data.packing", c.data.packing,
+          f"'document' {there}, which skips text within one document")  # fmt: skip
+  if kind in ("e2_llm", "clex"):
+    check(length <= L, "data.length", length, f"at most rope.original_context={L} {there}")
+  if kind == "e2_llm":
+    check(r.scaling == "pi", "rope.scaling", r.scaling, f"'pi' {there}, which prepares for it")
+  if kind == "mixed":
+    check(r.scaling != "none", "rope.scaling", r.scaling, f"a method for long windows {there}")
+    check(length > L, "data.length", length,
+          f"above rope.original_context={L} {there}, or no window is long")  # fmt: skip
 
 
 def _init(c: ConfigDict) -> None:

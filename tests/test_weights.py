@@ -45,11 +45,8 @@ def hf_logits(model, tokens):
 
 
 def our_logits(path, tokens):
-  h = dict(open_source(path).hyperparameters)
-  theta, context = h.pop("theta"), h.pop("context")
-  h.pop("rope")
-  m = Llama(ModelConfig(**h, block_q=8, block_k=8))
-  r = rope.base(head_dim=h["head_dim"], theta=theta, original_context=context)
+  source = open_source(path)
+  m, r = Llama(ModelConfig(**source.hyperparameters, block_q=8, block_k=8)), source.rope
   abstract = jax.eval_shape(lambda: m.init(jax.random.key(0), jnp.zeros((1, 8), int), r))
   params = load.load_params(path, abstract["params"], lambda leaf, x: jnp.asarray(x))
   shapes = [
@@ -197,9 +194,9 @@ def test_configs_of_earlier_transformers_are_read(tmp_path, older):
   if older == "rope_scaling":
     hf["rope_scaling"] = dict(type="linear", factor=2.0)
   file.write_text(json.dumps(hf))
-  h = open_source(str(tmp_path)).hyperparameters
-  assert h["theta"] == 5000.0
-  assert h["rope"] == (dict(rope_type="linear", factor=2.0) if older == "rope_scaling" else {})
+  own = open_source(str(tmp_path)).rope
+  assert own.theta == 5000.0
+  assert own.history == ((("pi", dict(factor=2.0)),) if older == "rope_scaling" else ())
 
 
 def test_a_missing_shard_is_named(tmp_path):

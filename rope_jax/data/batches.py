@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from rope_jax.data.arrange import Arrange
 from rope_jax.data.tokens import TokenStore
 
-# Keys of a batch, each [batch, length]: int32 but for the float32 weights of the loss.
+# Keys of a batch, each [batch, length]: int32 but for the float32 weights of the loss. Some
+# arrangements of positions add fractions (float32) or short (bool), see `rope.cos_sin`.
 KEYS = ("tokens", "targets", "positions", "segment_ids", "weights")
 
 
@@ -31,6 +33,7 @@ class Batches:
     packing: 'pack' or 'document'.
     seed: of the order of documents.
     min_tokens: leave out documents with fewer tokens.
+    arrange: positions that do not just count up.
 
   Raises:
     ValueError: if no document, or not one whole sequence, is left.
@@ -45,7 +48,9 @@ class Batches:
     packing: str,
     seed: int,
     min_tokens: int = 0,
+    arrange: Arrange | None = None,
   ):
+    self.arrange = arrange
     self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
     self.packing = packing
     self.documents = np.flatnonzero(store.lengths >= max(min_tokens, 2))
@@ -66,8 +71,12 @@ class Batches:
     """The batch of a step (0, 1, ...), or the rows of it that this process feeds."""
     first = step * self.batch_size
     numbers = range(first, first + self.batch_size)[rows]
-    sequences = [self._sequence(n) for n in numbers]
-    return {key: np.stack([s[key] for s in sequences]) for key in KEYS}
+    if self.arrange and self.arrange.kind == "pose":
+      sequences = self._skipping(numbers)
+    else:
+      sequences = [self._sequence(n) for n in numbers]
+    batch = {key: np.stack([s[key] for s in sequences]) for key in KEYS}
+    return self.arrange(batch, step, np.asarray(numbers)) if self.arrange else batch
 
   def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Order of the documents, and where each starts in the stream of the epoch."""
@@ -89,6 +98,21 @@ class Batches:
         pieces.append(ids)
         need, i, start = need - len(ids), i + 1, 0
     return _join(pieces, self.length)
+
+  def _skipping(self, numbers) -> list[dict[str, np.ndarray]]:
+    """PoSE: two chunks of one document in each sequence, with positions of their own."""
+    places = [divmod(n, self.per_epoch) for n in numbers]
+    documents = [self._epoch(epoch)[0][index] for epoch, index in places]
+    tokens = self.store.lengths[documents]
+    sequences = []
+    for i, n, index, positions in zip(
+      documents, tokens, *self.arrange.text(np.asarray(numbers), tokens)
+    ):
+      index = index[: min(n, self.length + 1)]
+      ids = self.store.slice(i, 0, index[-1] + 1)[index]
+      sequence = _join([ids], self.length)
+      sequences.append(dict(sequence, positions=positions[: self.length]))
+    return sequences
 
 
 def _join(pieces: list[np.ndarray], length: int) -> dict[str, np.ndarray]:

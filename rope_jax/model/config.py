@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ml_collections import ConfigDict
+
 ATTENTION = ("dense", "blockwise")
 REMAT = ("none", "full", "attention", "dots")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -31,19 +33,25 @@ class ModelConfig:
   lora_rank: int = 0
   lora_alpha: float = 16.0
   lora_targets: tuple[str, ...] = ("q", "k", "v", "o")
+  rotary_dim: int = 0  # rotated channels of a head; 0: all
   phase: str = "none"
   psc_calibration: str = "pre"
   psc_init: str = "released"
+  psc_share: str = "none"
+  psc_bound: float = 0.0  # of the angles of psc_rotation; 0: none
+  clex: tuple = ()  # options of rope.clex_correct, as items
 
 
 def from_config(c) -> ModelConfig:
   """The model described by the blocks model, lora and rope of a config."""
+  psc = c.rope[c.rope.phase] if c.rope.phase != "none" else ConfigDict()
   return ModelConfig(
     **c.model.to_dict(),
     lora_rank=c.lora.rank,
     lora_alpha=c.lora.alpha,
     lora_targets=tuple(c.lora.targets),
+    rotary_dim=int(c.model.head_dim * c.rope.partial_rotary_factor),
     phase=c.rope.phase,
-    psc_calibration=c.rope.psc.calibration,
-    psc_init=c.rope.psc.init,
+    **{f"psc_{key}": value for key, value in psc.items()},
+    clex=tuple(c.rope.clex.items()) if c.rope.scaling == "clex" else (),
   )

@@ -1,7 +1,7 @@
 """Llama in Flax Linen: a plain tree of parameters, layers stacked by `nn.scan`.
 
-Three collections: 'params' (the base model), 'lora' (low-rank adapters) and 'phase' (PSC), so
-that what is trained is a statement about the tree. Sharding does not appear here.
+Three collections: 'params' (the base model), 'lora' (low-rank adapters) and 'phase' (PSC, CLEX),
+so that what is trained is a statement about the tree. Sharding does not appear here.
 
 Shape suffixes: B batch, L tokens, D d_model, H query heads, K KV heads, E head_dim, F d_ff,
 V vocabulary, R LoRA rank.
@@ -34,7 +34,15 @@ class Llama(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, tokens_BxL, rope, positions_BxL=None, segment_ids_BxL=None):
+  def __call__(
+    self,
+    tokens_BxL,
+    rope,
+    positions_BxL=None,
+    segment_ids_BxL=None,
+    fractions_BxL=None,
+    short_BxL=None,
+  ):
     """Runs the model.
 
     Args:
@@ -43,6 +51,7 @@ class Llama(nn.Module):
       positions_BxL: int32 positions; 0 .. L-1 if None. Attention is causal in the order of the
         tokens, whatever their positions.
       segment_ids_BxL: int32; tokens attend within their segment only. One segment if None.
+      fractions_BxL, short_BxL: as in `rope_jax.rope.cos_sin`.
 
     Returns:
       hidden_BxLxD in the compute dtype, after the last norm.
@@ -50,10 +59,27 @@ class Llama(nn.Module):
     cfg = self.config
     if positions_BxL is None:
       positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
-    if rope.head_dim != cfg.head_dim:
-      raise ValueError(f"rope is for head_dim {rope.head_dim}, model.head_dim is {cfg.head_dim}")
-    # Once per forward, in float32: angles must not pass through bfloat16.
-    cos, sin = rope_lib.cos_sin(rope, positions_BxL)
+    rotary_dim = cfg.rotary_dim or cfg.head_dim
+    if rope.rotary_dim != rotary_dim:
+      raise ValueError(
+        f"rope is for head_dim {rope.rotary_dim}, the model rotates {rotary_dim} channels of "
+        f"model.head_dim={cfg.head_dim}"
+      )
+    if cfg.clex:
+      rope = rope_lib.clex_correct(rope, self._clex_parameters(), **_correction(cfg))
+    tokens = dict(positions=positions_BxL, fractions=fractions_BxL, short=short_BxL)
+    layered = rope.inv_freq.ndim > 1 and rope.inv_freq.shape[0] > 1
+    # Once per forward, in float32: angles must not pass through bfloat16. Layers with frequencies
+    # of their own make their own angles: those of all at once would not fit in memory.
+    if layered:
+      angles = rope_lib.per_layer(rope, cfg.num_layers)
+    else:
+      one = jax.tree.map(lambda x: x[0], rope_lib.per_layer(rope, 1))
+      angles = rope_lib.cos_sin(one, **tokens)
+    shared = {}
+    if cfg.phase != "none" and cfg.psc_share in ("layers", "all"):
+      heads = dict(psc_q=cfg.num_heads, psc_k=cfg.num_kv_heads)
+      shared = {name: _psc_variable(self, name, h) for name, h in heads.items()}
     embedding_VxD = self.param(
       "embedding", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.d_model), cfg.param_dtype
     )
@@ -65,15 +91,24 @@ class Llama(nn.Module):
       block,
       variable_axes=dict(params=0, lora=0, phase=0),
       split_rngs=dict(params=True),
-      in_axes=nn.broadcast,
+      in_axes=(0 if layered else nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
       length=cfg.num_layers,
     )
-    x, _ = layers(cfg, name="layers")(x, cos, sin, segment_ids_BxL)
+    x, _ = layers(cfg, name="layers")(x, angles, tokens, shared, segment_ids_BxL)
     if not cfg.tie_embeddings:
       self.param(
         "lm_head", nn.initializers.normal(0.02), (cfg.d_model, cfg.vocab_size), cfg.param_dtype
       )
     return RMSNorm(cfg, name="final_norm")(x)
+
+  def _clex_parameters(self) -> dict:
+    cfg = self.config
+    pairs = (cfg.rotary_dim or cfg.head_dim) // 2
+
+    def init():
+      return rope_lib.clex_init(self.make_rng("params"), pairs, dict(cfg.clex)["param_factor"])
+
+    return self.variable("phase", "clex", init).value
 
 
 def unembedding(params: dict) -> jax.Array:
@@ -87,9 +122,10 @@ class Block(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x, cos, sin, segment_ids):
+  def __call__(self, x, angles, tokens, shared, segment_ids):
+    cos, sin = angles if isinstance(angles, tuple) else rope_lib.cos_sin(angles, **tokens)
     x = x + Attention(self.config, name="attention")(
-      RMSNorm(self.config, name="attention_norm")(x), cos, sin, segment_ids
+      RMSNorm(self.config, name="attention_norm")(x), cos, sin, shared, segment_ids
     )
     return x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x)), None
 
@@ -98,28 +134,26 @@ class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BxLxD, cos, sin, segment_ids):
+  def __call__(self, x_BxLxD, cos, sin, shared, segment_ids):
     cfg = self.config
     D, H, K, E = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     q_BxLxHxE = _linear(self, "q", x_BxLxD, dict(d=D), dict(h=H, e=E))
     k_BxLxKxE = _linear(self, "k", x_BxLxD, dict(d=D), dict(h=K, e=E))
     v_BxLxKxE = _linear(self, "v", x_BxLxD, dict(d=D), dict(h=K, e=E))
-    q_BxLxHxE = self._position("psc_q", q_BxLxHxE, cos, sin)
-    k_BxLxKxE = self._position("psc_k", k_BxLxKxE, cos, sin)
+    q_BxLxHxE = self._position("psc_q", q_BxLxHxE, cos, sin, shared)
+    k_BxLxKxE = self._position("psc_k", k_BxLxKxE, cos, sin, shared)
     out_BxLxHxE = attention.attend(cfg, q_BxLxHxE, k_BxLxKxE, v_BxLxKxE, segment_ids)
     return _linear(self, "o", out_BxLxHxE, dict(h=H, e=E), dict(d=D))
 
-  def _position(self, name, x, cos, sin):
+  def _position(self, name, x, cos, sin, shared):
     """Rotates queries or keys, with the learned phase before or after."""
     cfg = self.config
     if cfg.phase == "none":
       return rope_lib.rotate(x, cos, sin)
-
-    def init():
-      key = self.make_rng("params")
-      return rope_lib.psc_init(key, x.shape[-2], cfg.head_dim, cfg.psc_init)
-
-    psc = self.variable("phase", name, init).value
+    psc = shared[name] if shared else _psc_variable(self, name, x.shape[-2])
+    if cfg.phase == "psc_rotation":
+      x = rope_lib.psc_rotation(x, psc["up"], psc["down"], bound=cfg.psc_bound or None)
+      return rope_lib.rotate(x, cos, sin)
     if cfg.psc_calibration == "pre":
       return rope_lib.rotate(rope_lib.psc(x, psc["up"], psc["down"]), cos, sin)
     # Post-calibration, as it stands commented out in the release: the gate reads a detached copy.
@@ -178,3 +212,21 @@ def _linear(module: nn.Module, name: str, x: jax.Array, inputs: dict, outputs: d
   down = jnp.einsum(f"bl{i},{i}r->blr", x, lora["a"].astype(cfg.dtype))
   delta = jnp.einsum(f"blr,r{o}->bl{o}", down, lora["b"].astype(cfg.dtype))
   return y + (cfg.lora_alpha / cfg.lora_rank) * delta
+
+
+def _psc_variable(module: nn.Module, name: str, heads: int) -> dict:
+  """The parameters of PSC on queries or keys, in the module that owns them."""
+  cfg = module.config
+  heads = 1 if cfg.psc_share in ("heads", "all") else heads
+  pairs = (cfg.rotary_dim or cfg.head_dim) // 2
+  outputs = pairs if cfg.phase == "psc_rotation" else cfg.head_dim
+
+  def init():
+    key = module.make_rng("params")
+    return rope_lib.psc_init(key, heads, cfg.head_dim, cfg.psc_init, outputs)
+
+  return module.variable("phase", name, init).value
+
+
+def _correction(cfg: ModelConfig) -> dict:
+  return {k: v for k, v in cfg.clex if k != "param_factor"}

@@ -19,7 +19,7 @@ from rope_jax.rope.longrope import dynamic_longrope, longrope, longrope2
 from rope_jax.rope.methods import SCALINGS
 from rope_jax.rope.phase import psc, psc_gate, psc_init, psc_parameter_count, psc_rotation
 from rope_jax.rope.resonance import common_period, critical_pair, feature_gap, resonance
-from rope_jax.rope.rotary import Rope, base, cos_sin, rebase, rotate, stack
+from rope_jax.rope.rotary import Rope, base, cos_sin, per_layer, rebase, rotate, stack
 from rope_jax.rope.scaling import (
   dynamic_ntk,
   dynamic_yarn,
@@ -67,6 +67,7 @@ __all__ = [
   "ntk_by_parts_v1",
   "ntk_critical",
   "ntk_mixed",
+  "per_layer",
   "pi",
   "power",
   "proportional",

@@ -259,13 +259,14 @@ def _check_lengths(kind, factor, original, maximum, parameters) -> None:
       f"original_max_position_embeddings={original}: rope_type 'dynamic' extends "
       f"max_position_embeddings={maximum} and has no other original length"
     )
-  if kind in ("yarn", "longrope") and parameters.get("factor") is not None:
-    # Some configs keep the original length as the maximum; anything between is a mistake.
-    if maximum != original and not math.isclose(maximum, factor * original, rel_tol=0.01):
-      raise ValueError(
-        f"rope_parameters.factor={factor} and max_position_embeddings={maximum} disagree: "
-        f"{factor:g} times original_max_position_embeddings={original} is {factor * original:g}"
-      )
+  states_both = kind in ("yarn", "longrope") and parameters.get("factor") is not None
+  # Some configs keep the original length as the maximum; anything between is a mistake.
+  told = maximum == original or math.isclose(maximum, factor * original, rel_tol=0.01)
+  if states_both and not told:
+    raise ValueError(
+      f"rope_parameters.factor={factor} and max_position_embeddings={maximum} disagree: "
+      f"{factor:g} times original_max_position_embeddings={original} is {factor * original:g}"
+    )
 
 
 def _head_dim(config: dict) -> int:

@@ -102,9 +102,7 @@ def longrope2(
       f"longrope2.tail must not fall and be at least factor={factor:g}, got {tuple(above)}"
     )
   long_factor = np.concatenate([above[0] ** (np.arange(c) / c), above])
-  out = longrope(
-    rope, factor, seq_len=seq_len, long_factor=tuple(long_factor), attention=attention
-  )
+  out = longrope(rope, factor, seq_len=seq_len, long_factor=tuple(long_factor), attention=attention)
   return dataclasses.replace(out, history=(*rope.history, ("longrope2", out.history[-1][1])))
 
 

@@ -21,14 +21,13 @@ def psc_gate(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
 
   Args:
     x: [..., heads, head_dim] queries or keys.
-    up: [heads, head_dim, head_dim], applied first, zero at the start.
+    up: [heads, head_dim, head_dim], applied first, zero at the start; [1, ...] for all heads.
     down: [heads, head_dim, head_dim], applied second.
 
   Returns:
     The gate, with the shape and dtype of x; computed in float32 after the products.
   """
-  hidden = jnp.einsum("...hd,hdr->...hr", x, up.astype(x.dtype))
-  y = jnp.einsum("...hr,hrd->...hd", jax.nn.silu(hidden), down.astype(x.dtype))
+  y = _two_layers(x, up, down)
   return (1 + 0.5 * jnp.tanh(y.astype(jnp.float32))).astype(x.dtype)
 
 
@@ -51,9 +50,7 @@ def psc_rotation(
     down: [heads, head_dim, pairs], applied second.
     bound: angles are bound * tanh(.) in radians; unbounded if None.
   """
-  hidden = jnp.einsum("...hd,hdr->...hr", x, up.astype(x.dtype))
-  y = jnp.einsum("...hr,hrp->...hp", jax.nn.silu(hidden), down.astype(x.dtype))
-  angle = y.astype(jnp.float32)
+  angle = _two_layers(x, up, down).astype(jnp.float32)
   angle = angle if bound is None else bound * jnp.tanh(angle)
   return rotate(x, jnp.cos(angle), jnp.sin(angle))
 
@@ -83,6 +80,20 @@ def psc_init(
   return dict(up=jnp.zeros((heads, head_dim, head_dim)), down=down)
 
 
-def psc_parameter_count(layers: int, heads: int, kv_heads: int, head_dim: int) -> int:
-  """2 d^2 (query heads + KV heads) for each layer; 67,108,864 for Llama-2 7B."""
-  return layers * 2 * head_dim**2 * (heads + kv_heads)
+def psc_parameter_count(
+  layers: int, heads: int, kv_heads: int, head_dim: int, share: str = "none"
+) -> int:
+  """2 d^2 (query heads + KV heads) for each layer; 67,108,864 for Llama-2 7B.
+
+  `share` is that of `config.rope.psc`: 'none', 'heads', 'layers' or 'all'.
+  """
+  layers = 1 if share in ("layers", "all") else layers
+  heads = 2 if share in ("heads", "all") else heads + kv_heads
+  return layers * 2 * head_dim**2 * heads
+
+
+def _two_layers(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+  """SiLU(x U_h) D_h for each head, in the dtype of x."""
+  up, down = (jnp.broadcast_to(w, (x.shape[-2], *w.shape[1:])).astype(x.dtype) for w in (up, down))
+  hidden = jnp.einsum("...hd,hdr->...hr", x, up)
+  return jnp.einsum("...hr,hro->...ho", jax.nn.silu(hidden), down)

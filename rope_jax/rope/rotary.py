@@ -108,9 +108,9 @@ class Rope:
     if factor > 1 or "seq_len" in options:
       if self.extended_by:
         raise ValueError(
-          f"{name}: this rope is already stretched by {self.extended_by}, to {self.context} tokens, "
-          "and would be scaled twice. If those frequencies are the model's own, say so with "
-          "rope.rebase(rope)"
+          f"{name}: this rope is already stretched by {self.extended_by}, to {self.context} "
+          "tokens, and would be scaled twice. If those frequencies are the model's own, say so "
+          "with rope.rebase(rope)"
         )
       context = max(options.get("seq_len", 0), round(self.original_context * factor))
     return dataclasses.replace(
@@ -223,6 +223,34 @@ def stack(ropes: list[Rope], axis: str = "layer") -> Rope:
     period=np.stack(periods).reshape(*lead, -1),
     context=max(r.context for r in ropes),
     history=(("stack", dict(axis=axis, of=[r.history for r in ropes])),),
+  )
+
+
+def per_layer(rope: Rope, layers: int) -> Rope:
+  """The same rope with a leading axis of `layers` on every number, to scan over; inside jit, too.
+
+  Raises:
+    ValueError: if it has frequencies for another number of layers.
+  """
+  own = rope.inv_freq.shape[0] if rope.inv_freq.ndim > 1 else 1
+  if own not in (1, layers):
+    raise ValueError(f"the rope has frequencies for {own} layers, the model has {layers}")
+  numbers, _ = rope.tree_flatten()
+  inv_freq, scale, turns, short, start_tokens, mix, time = numbers
+
+  def spread(x, lead=0):  # `lead`: whether x has an axis of layers
+    x = jnp.asarray(x)
+    return jnp.broadcast_to(x if lead else x[None], (layers, *x.shape[lead:]))
+
+  lead = int(inv_freq.ndim > 1)
+  return Rope(
+    inv_freq=spread(inv_freq, lead),
+    attention_scale=spread(scale, min(lead, jnp.ndim(scale))),
+    turns=turns and tuple(spread(x, lead) for x in turns),
+    short=short and per_layer(short, layers),
+    start_tokens=None if start_tokens is None else spread(start_tokens),
+    mix=mix and tuple(spread(x) for x in mix),
+    time=None if time is None else spread(time),
   )
 
 

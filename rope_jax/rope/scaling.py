@@ -167,7 +167,9 @@ def yarn(
       raise ValueError(f"yarn.attention_factor must be positive, got {attention_factor}")
     scale = attention_factor
   else:
-    scale = temperature(factor, mscale or 1.0) / (temperature(factor, mscale_all_dim) if mscale else 1.0)
+    scale = temperature(factor, mscale or 1.0) / (
+      temperature(factor, mscale_all_dim) if mscale else 1.0
+    )
   options = dict(ramp=ramp, beta_fast=beta_fast, beta_slow=beta_slow, truncate=truncate)
   options |= dict(mscale=mscale, mscale_all_dim=mscale_all_dim, attention_factor=attention_factor)
   return rope.apply("yarn", inv_freq, scale, factor=factor, **options)

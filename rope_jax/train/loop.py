@@ -12,6 +12,7 @@ from rope_jax import config as config_lib
 from rope_jax import evals, report, resolve
 from rope_jax.data import batches as batches_lib
 from rope_jax.data import corpus, tokenizer, tokens
+from rope_jax.data.arrange import Arrange
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
 from rope_jax.train import flops, sharding, state
@@ -55,6 +56,14 @@ def train(c, workdir: str) -> dict:
   facts = dict(text=documents.fingerprint, tokenizer=text.fingerprint)
   config_lib.check_workdir(c, workdir, **facts)
   length = config_lib.train_length(c)
+  arrange = Arrange(
+    c.data.positions,
+    seed=c.seed,
+    length=length,
+    context=c.rope.context,
+    original_context=c.rope.original_context,
+    max_factor=c.rope.clex.max_factor,
+  )
   batches = batches_lib.Batches(
     store,
     length=length,
@@ -62,15 +71,16 @@ def train(c, workdir: str) -> dict:
     packing=c.data.packing,
     seed=c.seed,
     min_tokens=c.data.min_tokens,
+    arrange=arrange,
   )
   rows = sharding.batch_sharding(mesh)
 
   def batch_of(step):
     return sharding.put_rows(lambda part: batches(step, part), c.train.batch_size, rows)
 
-  # ---- Model and optimizer. The rope is data, passed to every step.
+  # ---- Model and optimizer. The rope is data, passed to every step; another one never recompiles.
   model, tx = Llama(from_config(c)), optimizer(c.train)
-  rope = resolve.rope(c, length)
+  rope = resolve.training_rope(c)
   trainable, frozen = state.split(c, state.initial_variables(c, mesh, workdir))
   placement = sharding.shardings(mesh, jax.eval_shape(tx.init, trainable))
   opt_state = jax.jit(tx.init, out_shardings=placement)(trainable)
@@ -140,6 +150,8 @@ def train(c, workdir: str) -> dict:
 
   evaluate_due(first)  # if it was killed between the checkpoint and the evaluation
   for step, batch in enumerate(batches_lib.prefetch(batch_of, first, c.train.steps), first + 1):
+    if c.data.positions == "clex":  # positions and frequencies of a step share their t
+      rope = resolve.training_rope(c, arrange.time(step - 1))
     trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
     if pending:
       finish(pending)

@@ -66,6 +66,7 @@ def check_init(c, workdir: str) -> None:
   keys = ["rope.theta", "model.norm_eps"]
   if source.lora.rank or source.rope.phase != "none":
     keys += ["lora.rank", "lora.alpha", "rope.phase", "rope.psc.calibration"]
+    keys += ["rope.psc.share", "rope.psc_rotation.share", "rope.psc_rotation.bound"]
   for key in keys:
     ours, theirs = c, source
     for part in key.split("."):

@@ -14,7 +14,15 @@ from rope_jax.train.loss import token_losses
 
 def batch_loss(model: Llama, variables: dict, batch: dict, rope, chunk: int):
   """Sum of the weighted token losses of a batch (see `Batches`), float32."""
-  hidden = model.apply(variables, batch["tokens"], rope, batch["positions"], batch["segment_ids"])
+  hidden = model.apply(
+    variables,
+    batch["tokens"],
+    rope,
+    batch["positions"],
+    batch["segment_ids"],
+    batch.get("fractions"),
+    batch.get("short"),
+  )
   losses = token_losses(hidden, unembedding(variables["params"]), batch["targets"], chunk)
   return jnp.sum(losses * batch["weights"])
 

@@ -35,50 +35,54 @@ def check(c) -> None:
     ValueError: naming the first key that differs, both values, and where they come from.
   """
   try:
-    h = dict(open_source(c.init_from).hyperparameters)
+    source = open_source(c.init_from)
   except ValueError as error:
     raise ValueError(f"config.init_from={c.init_from!r}: {error}") from error
-  theta, own, context = h.pop("theta"), h.pop("rope"), h.pop("context")
-  for key, value in h.items():
-    same = math.isclose(c.model[key], value, rel_tol=1e-6)
-    if not same:
+  for key, value in source.hyperparameters.items():
+    if not math.isclose(c.model[key], value, rel_tol=1e-6):
       raise ValueError(f"config.model.{key}={c.model[key]!r}: {c.init_from} has {value!r}")
-  if not math.isclose(c.rope.theta, theta, rel_tol=1e-6):
-    raise ValueError(f"config.rope.theta={c.rope.theta!r}: {c.init_from} has {theta!r}")
-  if own:
+  own = source.rope
+  partial = own.rotary_dim / own.head_dim
+  for key, value in (("theta", own.theta), ("partial_rotary_factor", partial)):
+    if not math.isclose(c.rope[key], value, rel_tol=1e-6):
+      raise ValueError(f"config.rope.{key}={c.rope[key]!r}: {c.init_from} has {value!r}")
+  if own.history:
     _check_own_rope(c, own)
-  elif c.rope.original_context != context:
+  elif c.rope.original_context != own.original_context:
     raise ValueError(
       f"config.rope.original_context={c.rope.original_context}: {c.init_from} was trained on "
-      f"{context} tokens"
+      f"{own.original_context} tokens"
     )
 
 
-# Names of transformers' rope types where ours differ.
-_OUR_NAMES = dict(linear="pi", dynamic="dynamic_ntk")
-
-
-def _check_own_rope(c, own: dict) -> None:
+def _check_own_rope(c, own) -> None:
   """The rope of the checkpoint itself must be the rope of the config: nothing of it is lost."""
-  own = {k: v for k, v in own.items() if v is not None}
-  scaling = own.pop("rope_type")
-  scaling = _OUR_NAMES.get(scaling, scaling)
-  ours = dict(scaling=c.rope.scaling)
-  theirs = dict(scaling=scaling)
-  for key, value in own.items():
+  ((scaling, options),) = own.history  # Hugging Face's types are one transform each
+  values = [("scaling", c.rope.scaling, scaling)]
+  # 'linear' does not say whether its maximum is before or after; the frequencies are the same.
+  before = own.original_context / options["factor"]
+  if scaling != "pi" or c.rope.original_context != before:
+    values.append(("original_context", c.rope.original_context, own.original_context))
+  for key, theirs in options.items():
     if key == "factor":
-      ours[key], theirs[key] = resolve.factor(c), value
-    elif key == "original_max_position_embeddings":
-      ours["original_context"], theirs["original_context"] = c.rope.original_context, value
-    else:
-      name, options = f"{scaling}.{key}", c.rope.get(scaling, {})
-      ours[name], theirs[name] = options.get(key), value
-  for key, value in theirs.items():
-    if ours[key] != value:
+      values.append((key, resolve.factor(c), theirs))
+    elif c.rope.scaling == scaling and key in c.rope[scaling] and not scaling == "longrope":
+      values.append((f"{scaling}.{key}", c.rope[scaling][key], theirs))
+  for key, ours, theirs in values:
+    if ours != theirs:
       raise ValueError(
-        f"config.rope.{key}={ours[key]!r}: {c.init_from} has a rope of its own with {value!r}, "
+        f"config.rope.{key}={ours!r}: {c.init_from} has a rope of its own with {theirs!r}, "
         "which would be lost"
       )
+  ours = resolve.rope(c, own.original_context)  # the lists of longrope, from wherever they come
+  same = np.allclose(ours.inv_freq, own.inv_freq, rtol=1e-6, atol=0)
+  if scaling == "longrope":
+    same &= np.allclose(ours.history[0][1]["long_factor"], options["long_factor"], rtol=1e-6)
+  if not (same and math.isclose(ours.attention_scale, own.attention_scale, rel_tol=1e-6)):
+    raise ValueError(
+      f"config.rope.{scaling}: {c.init_from} has a rope of its own with other frequencies or "
+      f"another attention scale ({own.attention_scale:g}), which would be lost"
+    )
 
 
 def load_params(init_from: str, abstract: dict, put: Callable) -> dict:

@@ -1,8 +1,7 @@
 """Checkpoints read tensor by tensor, under Hugging Face's names and layout.
 
-A source has `hyperparameters` (the keys of config.model; theta; context, the tokens it was made
-for; and rope, its own scaling as in Hugging Face's rope_parameters, empty if there is none)
-and `tensor(name)`, which gives [out, in] matrices for the half-split rotary layout.
+A source has `hyperparameters` (the keys of config.model), `rope`, the rope that the model was made
+with, and `tensor(name)`, which gives [out, in] matrices for the half-split rotary layout.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import os
 
 import numpy as np
 
+from rope_jax import rope as rope_lib
 from rope_jax.weights import locate
 
 
@@ -29,8 +29,10 @@ class HuggingFaceSource:
     for key in ("attention_bias", "mlp_bias"):
       if hf.get(key):
         raise ValueError(f"{path}: {key} is not supported")
-    # transformers 5 writes rope_parameters, earlier versions rope_scaling and rope_theta.
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    try:
+      self.rope = rope_lib.from_hf(hf)
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
     heads = hf["num_attention_heads"]
     self.hyperparameters = dict(
       vocab_size=hf["vocab_size"],
@@ -42,9 +44,6 @@ class HuggingFaceSource:
       d_ff=hf["intermediate_size"],
       norm_eps=hf["rms_norm_eps"],
       tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-      theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
-      context=hf["max_position_embeddings"],
-      rope=_own_rope(rope),
     )
     self._file_of = {}
     for file in sorted(glob.glob(os.path.join(path, "*.safetensors"))):
@@ -108,9 +107,11 @@ class GGUFSource:
       d_ff=self.field("llama.feed_forward_length"),
       norm_eps=self.field("llama.attention.layer_norm_rms_epsilon"),
       tie_embeddings="output.weight" not in self._tensors,
+    )
+    self.rope = rope_lib.base(
+      head_dim=self.hyperparameters["head_dim"],
       theta=self.field("llama.rope.freq_base", 10_000.0),
-      context=self.field("llama.context_length"),
-      rope={},
+      original_context=self.field("llama.context_length"),
     )
 
   def field(self, name: str, default=None):
@@ -143,14 +144,6 @@ def open_source(init_from: str) -> HuggingFaceSource | GGUFSource:
   """Opens a Hugging Face directory, a GGUF file or a packaged checkpoint; see `locate`."""
   kind, path = locate(init_from)
   return dict(hf=HuggingFaceSource, gguf=GGUFSource)[kind](path)
-
-
-def _own_rope(parameters: dict) -> dict:
-  kind = parameters.get("rope_type") or parameters.get("type") or "default"
-  if kind == "default":
-    return {}
-  others = {k: v for k, v in parameters.items() if k not in ("type", "rope_type", "rope_theta")}
-  return dict(rope_type=kind, **others)
 
 
 def _half_split(x: np.ndarray, heads: int) -> np.ndarray:

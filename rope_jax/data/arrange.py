@@ -1,0 +1,99 @@
+"""Positions of training sequences by config.data.positions, a pure function of (seed, sequence)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rope_jax.rope import positions
+
+# Text that PoSE skips over: it cuts documents to five sequences first, as released.
+POSE_REACH = 5
+
+
+class Arrange:
+  """What a batch gets besides its tokens.
+
+  Args:
+    kind: one of `rope_jax.data.POSITIONS`.
+    seed: of the run.
+    length: tokens of a sequence.
+    context, original_context: of the rope.
+    max_factor: of CLEX.
+  """
+
+  def __init__(
+    self,
+    kind: str,
+    *,
+    seed: int,
+    length: int,
+    context: int,
+    original_context: int,
+    max_factor: int = 1,
+  ):
+    self.kind, self.length, self.max_factor = kind, length, max_factor
+    self._key = jax.random.fold_in(jax.random.key(seed), 1)  # not the key of the parameters
+    sizes = dict(length=length, context=context)
+    draw = dict(
+      e2_llm=functools.partial(positions.e2_llm, original_context=original_context, **sizes),
+      randomised=lambda key: (positions.randomised(key, **sizes),),
+      # One token more: the last target. Its position is of no account.
+      pose=functools.partial(positions.pose, length=length + 1, context=context + 1),
+    ).get(kind)
+    if kind == "clex":
+
+      def draw(key, time):
+        return (positions.clex(key, time, length=length, max_factor=max_factor),)
+
+    self._mixed = jax.jit(
+      jax.vmap(functools.partial(positions.mixed_windows, original_context=original_context))
+    )
+    if draw:
+
+      def rows(key, numbers, *extra):
+        keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
+        return jax.vmap(draw, in_axes=(0, *(None if x.ndim == 0 else 0 for x in extra)))(
+          keys, *extra
+        )
+
+      self._draw = jax.jit(rows)
+
+  def time(self, step: int) -> int:
+    """CLEX's t of a training step: the same for all its sequences."""
+    with _on_host():
+      key = jax.random.fold_in(jax.random.fold_in(self._key, 2**31 - 1), step)
+      return int(positions.clex_time(key, max_factor=self.max_factor))
+
+  def text(self, numbers, tokens) -> tuple[np.ndarray, np.ndarray]:
+    """PoSE: (index into the document, positions), each [rows, length + 1].
+
+    Args:
+      numbers: of the sequences, counted over the whole run.
+      tokens: of their documents.
+    """
+    with _on_host():
+      reach = np.minimum(tokens, POSE_REACH * (self.length + 1))
+      out = self._draw(self._key, jnp.asarray(numbers), jnp.asarray(reach, jnp.int32))
+    return tuple(map(np.asarray, out))
+
+  def __call__(self, batch: dict, step: int, numbers) -> dict:
+    """The batch with its positions, fractions or short tokens; numpy in, numpy out."""
+    if self.kind in ("sequential", "pose"):
+      return batch
+    with _on_host():
+      if self.kind == "mixed":
+        return dict(batch, short=np.asarray(self._mixed(batch["segment_ids"])))
+      extra = (jnp.asarray(self.time(step)),) if self.kind == "clex" else ()
+      tables = self._draw(self._key, jnp.asarray(numbers), *extra)
+    # Positions start anew with each document: they index what was drawn for the sequence.
+    found = [np.take_along_axis(np.asarray(t), batch["positions"], axis=1) for t in tables]
+    return dict(batch, **dict(zip(("positions", "fractions"), found)))
+
+
+def _on_host():
+  """Beside the accelerator, which is at work on the step before."""
+  return jax.default_device(jax.local_devices(backend="cpu")[0])

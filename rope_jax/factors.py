@@ -1,0 +1,50 @@
+"""LongRoPE factor lists from files."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+
+def read(path: str) -> dict[str, tuple]:
+  """Reads factor lists.
+
+  JSON holds an object with `long_factor` and perhaps `short_factor`, alone or inside the
+  `rope_parameters` or `rope_scaling` of a Hugging Face config, or is itself the long list. CSV
+  holds the long factors: one row (or one column), or one row for each layer.
+
+  Returns:
+    {'long_factor': ..., and 'short_factor' where given}: tuples of numbers, or of such tuples.
+
+  Raises:
+    ValueError: if the file is not there or holds something else.
+  """
+  try:
+    with open(path, newline="") as f:
+      if path.endswith(".json"):
+        return _from_json(json.load(f))
+      rows = [[float(x) for x in row] for row in csv.reader(f) if row]
+  except (OSError, ValueError, KeyError) as error:
+    raise ValueError(f"{path}: no factors to read: {error}") from None
+  if rows and all(len(row) == 1 for row in rows):
+    rows = [[row[0] for row in rows]]
+  if not rows:
+    raise ValueError(f"{path}: no factors to read: the file is empty")
+  return dict(long_factor=_plain(rows[0] if len(rows) == 1 else rows))
+
+
+def _from_json(value) -> dict[str, tuple]:
+  if isinstance(value, list):
+    return dict(long_factor=_plain(value))
+  for key in ("rope_parameters", "rope_scaling"):
+    value = value.get(key) or value
+  found = {k: _plain(value[k]) for k in ("long_factor", "short_factor") if k in value}
+  if "long_factor" not in found:
+    raise KeyError("long_factor")
+  return found
+
+
+def _plain(value):
+  if isinstance(value, list):
+    return tuple(map(_plain, value))
+  return float(value)
