@@ -2,14 +2,18 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 from goldens import make_hf_rope
 
 from rope_jax import rope
 
 GOLDEN = json.loads(make_hf_rope.PATH.read_text())
 LLAMA2 = dict(head_dim=128, theta=1e4, original_context=4096)
-OPTIONS = dict(dynamic_ntk=dict(seq_len=10_000))  # what has no default
-STATIC = [name for name in rope.SCALINGS if name != "none"]
+LLAMA3 = dict(head_dim=128, theta=5e5, original_context=8192)
+METHODS = [name for name in rope.SCALINGS if name != "none"]
+WITH_FACTOR = [name for name in METHODS if "factor" in tiny.parameters(name)]
+# Methods that leave the frequencies as they are for factor 1, or for no more than L tokens.
+IDENTITY = set(METHODS) - {"abf", "power", "truncated", "cope", "hope", "drope", "fope"}
 
 
 def build(shape, method, options):
@@ -24,7 +28,7 @@ def check_against_hf(shape, method, options, inv_freq, attention_factor):
 
 def test_equals_golden_values_of_transformers():
   assert GOLDEN["transformers"].startswith("5.23"), "regenerate with the version that is pinned"
-  assert len(GOLDEN["cases"]) > 150
+  assert len(GOLDEN["cases"]) > 300
   for c in GOLDEN["cases"]:
     check_against_hf(c["shape"], c["method"], c["options"], c["inv_freq"], c["attention_factor"])
 
@@ -56,9 +60,11 @@ def test_yarn_equals_published_golden_values(theta, factor, length, expected):
 
 
 def test_llama3_equals_published_sums():
-  r = rope.llama3(rope.base(head_dim=128, theta=5e5, original_context=8192), 8)
-  base = rope.base(head_dim=128, theta=5e5, original_context=8192).inv_freq
+  r = rope.llama3(rope.base(**LLAMA3), 8)
+  base = rope.base(**LLAMA3).inv_freq
   np.testing.assert_allclose(r.inv_freq.sum(), 5.3860582007, rtol=1e-10)
+  other = rope.llama3(rope.base(head_dim=64, theta=5e5, original_context=8192), 32)
+  np.testing.assert_allclose(other.inv_freq.sum(), 2.9682022978, rtol=1e-10)
   assert (r.inv_freq == base).sum() == 29
   assert np.isclose(r.inv_freq, base / 8, rtol=1e-12).sum() == 29
 
@@ -91,20 +97,20 @@ def test_yarn_is_ntk_by_parts_with_a_temperature():
     assert (yarn.attention_scale, by_parts.attention_scale) == (0.1 * np.log(8) + 1, 1.0)
 
 
-@pytest.mark.parametrize("method", STATIC)
+@pytest.mark.parametrize("method", sorted(IDENTITY))
 def test_factor_one_is_identity(method):
   base = rope.base(**LLAMA2)
-  options = dict(seq_len=4096) if method == "dynamic_ntk" else {}
-  r = rope.SCALINGS[method](base, 1.0, **options)
+  options = dict(proportion=1.0) if method == "proportional" else {}
+  r = tiny.scaled(method, base, 1.0, seq_len=4096, **options)
   np.testing.assert_allclose(r.inv_freq, base.inv_freq, rtol=1e-15)
   assert r.attention_scale == 1.0
 
 
-@pytest.mark.parametrize("method", STATIC)
+@pytest.mark.parametrize("method", WITH_FACTOR)
 @pytest.mark.parametrize("factor", [0.99, 0.0, -2.0, float("nan"), float("inf")])
 def test_impossible_factor_is_refused_by_name(method, factor):
   with pytest.raises(ValueError, match=f"{method}.*factor"):
-    rope.SCALINGS[method](rope.base(**LLAMA2), factor, **OPTIONS.get(method, {}))
+    tiny.scaled(method, rope.base(**LLAMA2), factor, seq_len=8192)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +124,135 @@ def test_impossible_factor_is_refused_by_name(method, factor):
     ("yarn", dict(attention_factor=-1.0), "attention_factor"),
     ("ntk_by_parts", dict(ramp="paper"), "ramp"),
     ("llama3", dict(low_freq_factor=4.0, high_freq_factor=4.0), "high_freq_factor"),
-    ("dynamic_ntk", dict(seq_len=0), "seq_len"),
+    ("ntk_mixed", dict(b=0.0), "ntk_mixed.b"),
+    ("ntk_by_parts_v1", dict(beta=(0.5, 0.75)), "ntk_by_parts_v1.beta"),
+    ("ntk_by_parts_v1", dict(gamma=(1.0,)), "ntk_by_parts_v1.gamma"),
+    ("dynamic_ntk", dict(seq_len=-1), "dynamic_ntk.*seq_len"),
+    ("dynamic_yarn", dict(seq_len=-1), "dynamic_yarn.*seq_len"),
+    ("dynamic_yarn", dict(beta_fast=0.5), "dynamic_yarn.*beta_fast"),
+    ("longrope", dict(seq_len=-1), "longrope.*seq_len"),
+    ("longrope", dict(long_factor=()), "longrope.long_factor"),
+    ("longrope", dict(long_factor=(2.0,) * 63), "longrope.long_factor.*64.*63"),
+    ("longrope", dict(short_factor=(0.0,) * 64), "longrope.short_factor.*positive"),
+    ("longrope", dict(long_factor=("x",) * 64), "longrope.long_factor"),
+    ("longrope", dict(attention="yorn"), "longrope.attention.*'yorn'"),
+    ("longrope", dict(attention="-1"), "longrope.attention"),
+    ("longrope", dict(start_tokens=-1), "longrope.start_tokens"),
+    ("longrope2", dict(critical=64), "longrope2.critical.*63"),
+    ("longrope2", dict(tail=(2.0,) * 5), "longrope2.tail.*18 factors"),
+    ("longrope2", dict(tail=(1.5,) * 18), "longrope2.tail.*factor=2"),
+    ("longrope2", dict(tail=(3.0,) + (2.0,) * 17), "longrope2.tail.*fall"),
+    ("dynamic_longrope", dict(long_factor=(1.0,)), "dynamic_longrope.long_factor"),
+    ("dprope", dict(threshold=-1.0), "dprope.threshold"),
+    ("dprope", dict(threshold=0.1, interpolated_dims=4), "dprope.interpolated_dims"),
+    ("dprope", dict(interpolated_dims=3), "dprope.interpolated_dims.*even"),
+    ("dprope", dict(interpolated_dims=130), "dprope.interpolated_dims.*128"),
+    ("dprope", dict(candidates=()), "dprope.candidates"),
+    ("dprope", dict(candidates=("py",)), "dprope.candidates.*'py'"),
+    ("dprope", dict(direction="back"), "dprope.direction"),
+    ("dprope", dict(reduction="max"), "dprope.reduction"),
+    ("dprope", dict(bins=0), "bins"),
+    ("abf", dict(theta=100.0), "abf.theta"),
+    ("power", dict(exponent=-1.0), "power.exponent"),
+    ("truncated", dict(cutoff=-1), "truncated.cutoff"),
+    ("proportional", dict(proportion=0.0), "proportional.proportion"),
+    ("cope", dict(pairs=65), "cope.pairs.*64"),
+    ("hope", dict(rotations=0.0), "hope.rotations"),
+    ("fope", dict(gain=-1.0), "fope.gain"),
+    ("fope", dict(dropped="two"), "fope.dropped"),
+    ("clex", dict(max_factor=0), "clex.max_factor"),
+    ("clex", dict(activation="relu"), "clex.activation"),
+    ("clex", dict(time_step=0.0), "clex.time_step"),
   ],
 )
 def test_impossible_option_is_refused_by_name(method, options, key):
   with pytest.raises(ValueError, match=key):
-    rope.SCALINGS[method](rope.base(**LLAMA2), 2.0, **options)
+    tiny.scaled(method, rope.base(**LLAMA2), **({"seq_len": 8192} | options))
+
+
+@pytest.mark.parametrize(
+  "shape, factor, base",
+  [(dict(head_dim=96, theta=1e4, original_context=2048), 64, 7.49e6), (LLAMA3, 16, 7.98e7)],
+)
+def test_ntk_by_critical_dimension_has_the_published_bases(shape, factor, base):
+  r = rope.ntk_critical(rope.base(**shape), factor)
+  np.testing.assert_allclose(r.inv_freq[1] ** -(shape["head_dim"] / 2), base, rtol=1e-3)
+
+
+def test_ntk_by_critical_dimension_interpolates_the_critical_wavelength_by_the_factor():
+  base = rope.base(**LLAMA2)
+  r = rope.ntk_critical(base, 4)
+  at = [np.interp(np.log(w), np.log(x.wavelengths), np.arange(64.0))
+        for x, w in ((base, 4096), (r, 16_384))]  # fmt: skip
+  np.testing.assert_allclose(*at)
+
+
+def test_mixed_ntk_spreads_the_factor_over_the_pairs():
+  base = rope.base(**LLAMA2)
+  ratio = base.inv_freq / rope.ntk_mixed(base, 8.0).inv_freq
+  np.testing.assert_allclose(ratio[-1], 8.0)
+  i = np.arange(64)
+  a = np.log(8.0) / 64**0.625
+  np.testing.assert_allclose(ratio, np.exp(a * (i + 1) ** 0.625))
+  even = base.inv_freq / rope.ntk_mixed(base, 8.0, b=1.0).inv_freq
+  np.testing.assert_allclose(even, 8.0 ** ((i + 1) / 64))
+
+
+def test_a_larger_base_becomes_the_base():
+  r = rope.abf(rope.base(**LLAMA2), theta=1e6)
+  expected = rope.base(**{**LLAMA2, "theta": 1e6})
+  np.testing.assert_allclose(r.inv_freq, expected.inv_freq)
+  assert r.theta == 1e6
+  np.testing.assert_allclose(rope.yarn(r, 4).inv_freq, rope.yarn(expected, 4).inv_freq)
+
+
+def test_proportional_and_partial_rotary_differ():
+  kept = rope.proportional(rope.base(**LLAMA2), proportion=0.5)
+  spaced = rope.base(**LLAMA2, partial_rotary_factor=0.5)
+  assert kept.inv_freq.shape == (64,) and spaced.inv_freq.shape == (32,)
+  np.testing.assert_array_equal(kept.inv_freq[:32], rope.base(**LLAMA2).inv_freq[:32])
+  assert not kept.inv_freq[32:].any()
+  np.testing.assert_allclose(spaced.inv_freq, 1e4 ** -(np.arange(32) / 32))
+  with pytest.raises(ValueError, match="partial_rotary_factor"):
+    rope.proportional(spaced)
+
+
+def test_hope_keeps_what_turns_within_the_window_and_drope_nothing():
+  base = rope.base(**LLAMA2)
+  kept = rope.hope(base).inv_freq > 0
+  np.testing.assert_array_equal(kept, base.wavelengths <= 4096)
+  assert not rope.drope(base).inv_freq.any()
+
+
+def test_transforms_without_a_factor_compose_in_any_order_with_one_that_has():
+  base = rope.base(**LLAMA2)
+  a = rope.pi(rope.power(base), 4.0)
+  b = rope.power(rope.pi(base, 4.0))
+  np.testing.assert_allclose(a.inv_freq, b.inv_freq)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resonance_is_defined_over_every_method(method):
+  r = rope.resonance(tiny.scaled(method, rope.base(**LLAMA2), 4.0))
+  turning = r.inv_freq > 0
+  np.testing.assert_allclose(r.wavelengths[turning], np.round(r.wavelengths[turning]), rtol=1e-12)
+  assert r.history[-1][0] == "resonance"
+
+
+def test_a_scaled_base_has_its_ramp_by_its_own_rotations():
+  """YaRN over a base that is not geometric: the pairs that turn `beta` times, not theta's."""
+  own = rope.rebase(rope.llama3(rope.base(**LLAMA3), 8.0))
+  assert (own.original_context, own.context) == (65_536, 65_536)
+  r = rope.yarn(own, 2.0)
+  rotations = 65_536 * own.inv_freq / (2 * np.pi)
+  ratio = own.inv_freq / r.inv_freq
+  np.testing.assert_allclose(ratio[rotations > 40], 1.0)
+  np.testing.assert_allclose(ratio[rotations < 0.7], 2.0)
+  # Where the base is plain, rebasing changes nothing.
+  plain = rope.base(**LLAMA2)
+  np.testing.assert_array_equal(
+    rope.yarn(rope.rebase(plain), 2).inv_freq, rope.yarn(plain, 2).inv_freq
+  )
 
 
 def test_transforms_compose_and_remember():
@@ -132,13 +261,3 @@ def test_transforms_compose_and_remember():
   assert r.history[0][1]["factor"] == 16
   np.testing.assert_allclose(r.wavelengths, np.round(r.wavelengths), rtol=1e-12)
   assert r.attention_scale == rope.yarn(rope.base(**LLAMA2), 16).attention_scale
-
-
-def test_resonance_rounds_to_the_published_wavelengths():
-  r = rope.resonance(rope.base(**LLAMA2))
-  rounded = np.round(r.wavelengths).astype(int)
-  assert rounded[:16].tolist() == [6, 7, 8, 10, 11, 13, 15, 17, 20, 23, 26, 31, 35, 41, 47, 54]
-  lcm = 1
-  for wavelength in rounded[:46].tolist():  # the pre-critical pairs of Llama-2
-    lcm = int(np.lcm.reduce(np.array([lcm, wavelength], dtype=object)))
-  assert f"{lcm:.3e}" == "7.058e+51"

@@ -1,6 +1,7 @@
 """Small models and configs that the tests share."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +71,19 @@ def run_config(folder: str, **train):
   c.mesh.data = 1
   c.evals.perplexity = config.perplexity(lengths=(32, 64), stride=16, num_samples=2)
   return c
+
+
+def parameters(name: str):
+  """The parameters of a method of rope.SCALINGS."""
+  return inspect.signature(rope.SCALINGS[name]).parameters
+
+
+def scaled(name: str, r: rope.Rope, factor=2.0, seq_len=None, **options) -> rope.Rope:
+  """Any method of rope.SCALINGS with what it cannot do without."""
+  given = dict(factor=factor, seq_len=seq_len or round(factor * r.original_context))
+  if "longrope" in name and name != "longrope2":
+    given["long_factor"] = tuple(np.linspace(1, factor, r.rotary_dim // 2))
+  if name == "cope":
+    given["pairs"] = r.rotary_dim // 4
+  given = {k: v for k, v in given.items() if k in parameters(name)}
+  return rope.SCALINGS[name](r, **(given | options))

@@ -66,7 +66,7 @@ def _check_own_rope(c, own) -> None:
   for key, theirs in options.items():
     if key == "factor":
       values.append((key, resolve.factor(c), theirs))
-    elif c.rope.scaling == scaling and key in c.rope[scaling] and not scaling == "longrope":
+    elif c.rope.scaling == scaling and key in c.rope[scaling] and scaling != "longrope":
       values.append((f"{scaling}.{key}", c.rope[scaling][key], theirs))
   for key, ours, theirs in values:
     if ours != theirs:

@@ -39,16 +39,30 @@ def cases():
         theirs = dict(low_freq_factor=1.0, high_freq_factor=4.0) | options
         theirs |= dict(rope_type="llama3", original_max_position_embeddings=L, factor=s)
         yield shape, "llama3", dict(factor=s, **options), theirs, None
+      for p in (0.25, 0.6, 1.0):
+        theirs = dict(rope_type="proportional", factor=s, partial_rotary_factor=p)
+        yield shape, "proportional", dict(factor=s, proportion=p), theirs, None
     for s, n in itertools.product((1.0, 2.0, 4.0), (L // 2, L, L + 1, 3 * L)):
       theirs = dict(rope_type="dynamic", factor=s)
       yield shape, "dynamic_ntk", dict(factor=s, seq_len=n), theirs, n
+    lists = dict(
+      short_factor=[1 + i / d for i in range(d // 2)],
+      long_factor=[1.5 + 15 * (2 * i / d) ** 2 for i in range(d // 2)],
+    )
+    for s, n, attention in itertools.product((1.0, 16.0), (1, L, L + 1, 9 * L), ("su", 1.3)):
+      theirs = dict(rope_type="longrope", original_max_position_embeddings=L, factor=s, **lists)
+      theirs |= {} if attention == "su" else dict(attention_factor=attention)
+      ours = dict(factor=s, seq_len=n, attention=attention, **lists)
+      yield shape, "longrope", ours, theirs, n
 
 
 def oracle(shape, theirs, seq_len, precision="float64"):
   """(inv_freq as a list, attention factor) by transformers' own functions.
 
+  `theirs` are the rope_parameters, with or without rope_theta.
+
   They compute in float32, where rounding alone reaches 1.4e-6 in a llama3 case below; 'float64'
-  runs the same code with another meaning of `torch.float`.
+  runs the same code with another meaning of `torch.float` and `torch.float32`.
   """
   import torch
   from transformers import LlamaConfig
@@ -61,9 +75,15 @@ def oracle(shape, theirs, seq_len, precision="float64"):
     num_attention_heads=4,
     head_dim=d,
     max_position_embeddings=L,
-    rope_parameters=dict(theirs, rope_theta=shape["theta"]),
+    rope_parameters=dict(rope_theta=shape["theta"]) | theirs,
   )
-  with mock.patch.object(torch, "float", getattr(torch, precision)):
+  dtype, wide = getattr(torch, precision), torch.Tensor.double
+  with (
+    mock.patch.multiple(torch, float=dtype, float32=dtype),
+    mock.patch.object(
+      torch.Tensor, "float", wide if precision == "float64" else torch.Tensor.float
+    ),
+  ):
     if theirs["rope_type"] == "default":
       inv_freq, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     else:
