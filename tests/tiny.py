@@ -82,7 +82,7 @@ def scaled(name: str, r: rope.Rope, factor=2.0, seq_len=None, **options) -> rope
   """Any method of rope.SCALINGS with what it cannot do without."""
   given = dict(factor=factor, seq_len=seq_len or round(factor * r.original_context))
   if "longrope" in name and name != "longrope2":
-    given["long_factor"] = tuple(np.linspace(1, factor, r.rotary_dim // 2))
+    given["long_factor"] = tuple(np.linspace(1, min(factor, 1e3), r.rotary_dim // 2))
   if name == "cope":
     given["pairs"] = r.rotary_dim // 4
   given = {k: v for k, v in given.items() if k in parameters(name)}

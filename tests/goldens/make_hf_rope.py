@@ -77,12 +77,11 @@ def oracle(shape, theirs, seq_len, precision="float64"):
     max_position_embeddings=L,
     rope_parameters=dict(rope_theta=shape["theta"]) | theirs,
   )
-  dtype, wide = getattr(torch, precision), torch.Tensor.double
+  dtype = getattr(torch, precision)
+  to_float = torch.Tensor.double if precision == "float64" else torch.Tensor.float
   with (
     mock.patch.multiple(torch, float=dtype, float32=dtype),
-    mock.patch.object(
-      torch.Tensor, "float", wide if precision == "float64" else torch.Tensor.float
-    ),
+    mock.patch.object(torch.Tensor, "float", to_float),
   ):
     if theirs["rope_type"] == "default":
       inv_freq, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
