@@ -25,11 +25,11 @@ def run(main) -> None:
   try:
     app.run(start, flags_parser=_parse)
   except FloatingPointError as error:
-    _fail(error)
+    fail(error)
   except ValueError as error:
     if "config." not in str(error):
       raise  # not of the user's making: a bug, with its traceback
-    _fail(error)
+    fail(error)
   except BrokenPipeError:  # e.g. piped into head
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -86,19 +86,20 @@ def _config_argument() -> tuple[str, str]:
 def _parse(argv):
   file, _ = _config_argument()
   if file and not os.path.exists(file):
-    _fail(f"--config={file}: no such file")
+    fail(f"--config={file}: no such file")
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    _fail(error)
+    fail(error)
   except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
     # ml_collections raises these for a key that is not there or a value of another type; it does
     # not say where in the config the key was looked for.
     given = [a for a in argv[1:] if a.partition("=")[0].rpartition(".")[2] in str(error)]
-    _fail(f"{given[0]}: {error}" if given else error)
+    fail(f"{given[0]}: {error}" if given else error)
 
 
-def _fail(error) -> None:
+def fail(error) -> None:
+  """Prints an error in one line and exits with 2."""
   # An error inside a config file comes wrapped in its whole traceback; the last line is the error.
   text = str(error).strip()
   print(f"error: {text.splitlines()[-1] if 'Traceback' in text else text}", file=sys.stderr)

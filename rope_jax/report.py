@@ -7,12 +7,13 @@ import numpy as np
 from rope_jax import resolve
 
 
-def rope_line(c) -> str:
-  """The resolved rope in one line."""
-  r = resolve.describe(c)
+def rope_line(c, seq_len: int | None = None) -> str:
+  """The resolved rope in one line, for a sequence of `seq_len` tokens where that matters."""
+  r = resolve.describe(c, seq_len)
   line = f"rope: {r['scaling']} x{r['factor']:g}" if r["scaling"] != "none" else "rope: untouched"
   line += ", resonance" if r["resonance"] else ""
   line += f", phase {r['phase']}" if r["phase"] != "none" else ""
+  line += f", at {r['seq_len']:,} tokens" if "seq_len" in r else ""
   line += f"; context {r['original_context']:,} -> {r['context']:,}, theta {r['theta']:g}"
   scale, w = np.asarray(r["attention_scale"]), np.array(r["wavelengths"], np.float64)  # None: nan
   line += f", attention scale {scale.min():.4f}"
@@ -22,6 +23,27 @@ def rope_line(c) -> str:
   line += f", wavelengths {np.nanmin(w):.2f} .. {np.nanmax(w):,.0f} tokens"
   still = np.isnan(w).sum()
   return line + (f", {still} of {w.size} pairs stand still" if still else "")
+
+
+def frequency_table(described: dict) -> str:
+  """A row for each pair: frequency, wavelength, turns within the original context, disturbance.
+
+  Frequencies that differ by layer or head are shown one after the other.
+  """
+  pairs = np.shape(described["inv_freq"])[-1]
+  tables = [
+    np.reshape(described[k], (-1, pairs)) for k in ("inv_freq", "wavelengths", "disturbance")
+  ]
+  heading = f"{'pair':>5} {'inv_freq (rad/token)':>22} {'wavelength (tokens)':>22}"
+  lines = [heading + f" {'turns':>12} {'disturbance':>12}"]
+  for row, (inv_freq, wavelengths, disturbance) in enumerate(zip(*tables)):
+    if len(tables[0]) > 1:
+      lines.append(f"-- row {row} of {len(tables[0])} (layers, then heads)")
+    for i, (f, w, d) in enumerate(zip(inv_freq, wavelengths, disturbance)):
+      turns = described["original_context"] * f / (2 * np.pi)
+      shown = "stands still" if w is None else f"{w:,.3f}"
+      lines.append(f"{i:>5} {f:>22.9g} {shown:>22} {turns:>12.3g} {d:>12.3g}")
+  return "\n".join(lines)
 
 
 def table(results: dict[str, dict]) -> str:

@@ -114,10 +114,10 @@ def describe(c: ConfigDict, seq_len: int | None = None) -> dict:
 
 
 def disturbance(c: ConfigDict, seq_len: int | None = None) -> list:
-  """Of each pair, by how much the rope moves its angle distribution at rope.context tokens."""
-  r = rope(c, seq_len)
+  """Of each pair, by how much the rope moves its angle distribution at that many tokens (nats)."""
+  r, length = rope(c, seq_len), seq_len or c.rope.context
   rows = [dataclasses.replace(r, inv_freq=row) for row in r.inv_freq.reshape(-1, r.rotary_dim // 2)]
-  found = [rope_lib.disturbance(row, base(c), c.rope.context).tolist() for row in rows]
+  found = [rope_lib.disturbance(row, base(c), length).tolist() for row in rows]
   return found[0] if r.inv_freq.ndim == 1 else found
 
 

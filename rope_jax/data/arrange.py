@@ -42,7 +42,9 @@ class Arrange:
       e2_llm=functools.partial(positions.e2_llm, original_context=original_context, **sizes),
       randomised=lambda key: (positions.randomised(key, **sizes),),
       # One token more: the last target. Its position is of no account.
-      pose=functools.partial(positions.pose, length=length + 1, context=context + 1),
+      pose=lambda key, tokens: positions.pose(
+        key, length=length + 1, context=context + 1, tokens=tokens
+      ),
     ).get(kind)
     if kind == "clex":
 
