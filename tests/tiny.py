@@ -24,17 +24,24 @@ def base_rope(context=64):
   return rope.base(head_dim=16, theta=1e4, original_context=context)
 
 
+def rope_of(m: Llama):
+  """A rope that the model can run with."""
+  if m.config.clex:
+    return rope.clex(base_rope(), seq_len=64, **dict(m.config.clex))
+  return base_rope()
+
+
 @functools.cache
 def initial(m: Llama, seed=0):
   """Variables as training starts from."""
-  init = jax.jit(lambda: m.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32), base_rope()))
+  init = jax.jit(lambda: m.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32), rope_of(m)))
   return dict(init())
 
 
 def variables(m: Llama, seed=0):
   """Random variables, large enough that attention and adapters matter to the output."""
   rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: m.init(jax.random.key(0), jnp.zeros((1, 8), int), base_rope()))
+  shapes = jax.eval_shape(lambda: m.init(jax.random.key(0), jnp.zeros((1, 8), int), rope_of(m)))
 
   def draw(path, leaf):
     x = 0.2 * rng.normal(size=leaf.shape)
