@@ -42,21 +42,9 @@ def longrope(
     attention: scale of cos and sin at any length: 'su' is sqrt(1 + ln s / ln L), 'yarn' is
       0.1 ln s + 1, or a number.
   """
-  check_factor("longrope", factor)
-  check_length("longrope", seq_len)
-  options = dict(
-    long_factor=_factors(rope, "longrope.long_factor", long_factor),
-    short_factor=_factors(rope, "longrope.short_factor", short_factor, default=1.0),
-    start_tokens=start_tokens,
-    attention=attention,
-  )
-  factors = options["long_factor" if seq_len > rope.original_context else "short_factor"]
-  scale = _attention(rope, "longrope", attention, factor)
   if start_tokens < 0:
     raise ValueError(f"longrope.start_tokens must be 0 or positive, got {start_tokens}")
-  out = rope.apply(
-    "longrope", rope.inv_freq / factors, scale, factor=factor, seq_len=seq_len, **options
-  )
+  out = _by_length(rope, "longrope", factor, seq_len, long_factor, short_factor, attention)
   if not start_tokens:
     return out
   return dataclasses.replace(out, short=rope, start_tokens=start_tokens)
@@ -102,8 +90,7 @@ def longrope2(
       f"longrope2.tail must not fall and be at least factor={factor:g}, got {tuple(above)}"
     )
   long_factor = np.concatenate([above[0] ** (np.arange(c) / c), above])
-  out = longrope(rope, factor, seq_len=seq_len, long_factor=tuple(long_factor), attention=attention)
-  return dataclasses.replace(out, history=(*rope.history, ("longrope2", out.history[-1][1])))
+  return _by_length(rope, "longrope2", factor, seq_len, long_factor, (), attention)
 
 
 def dynamic_longrope(
@@ -128,6 +115,21 @@ def dynamic_longrope(
   scale = _attention(rope, "dynamic_longrope", attention, factor)
   options = dict(factor=factor, seq_len=seq_len, long_factor=full, attention=attention)
   return rope.apply("dynamic_longrope", rope.inv_freq / factors, scale, **options)
+
+
+def _by_length(
+  rope: Rope, name: str, factor: float, seq_len: int, long_factor, short_factor, attention
+) -> Rope:
+  check_factor(name, factor)
+  check_length(name, seq_len)
+  options = dict(
+    long_factor=_factors(rope, f"{name}.long_factor", long_factor),
+    short_factor=_factors(rope, f"{name}.short_factor", short_factor, default=1.0),
+    attention=attention,
+  )
+  factors = options["long_factor" if seq_len > rope.original_context else "short_factor"]
+  scale = _attention(rope, name, attention, factor)
+  return rope.apply(name, rope.inv_freq / factors, scale, factor=factor, seq_len=seq_len, **options)
 
 
 def _factors(rope: Rope, key: str, factors, default: float | None = None) -> np.ndarray:

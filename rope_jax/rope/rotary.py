@@ -106,12 +106,7 @@ class Rope:
       )
     context, factor = self.context, options.get("factor", 1.0)
     if factor > 1 or "seq_len" in options:
-      if self.extended_by:
-        raise ValueError(
-          f"{name}: this rope is already stretched by {self.extended_by}, to {self.context} "
-          "tokens, and would be scaled twice. If those frequencies are the model's own, say so "
-          "with rope.rebase(rope)"
-        )
+      self.refuse_twice(name)
       context = max(options.get("seq_len", 0), round(self.original_context * factor))
     return dataclasses.replace(
       self,
@@ -122,6 +117,15 @@ class Rope:
       period=None,
       turns=None,
     )
+
+  def refuse_twice(self, name: str) -> None:
+    """Raises ValueError if this rope is stretched already, before `name` does it again."""
+    if self.extended_by:
+      raise ValueError(
+        f"{name}: this rope is already stretched by {self.extended_by}, to {self.context} tokens, "
+        "and would be scaled twice. If those frequencies are the model's own, say so with "
+        "rope.rebase(rope)"
+      )
 
   def with_inv_freq(self, inv_freq: jax.Array) -> Rope:
     """The same rope with traced float32 frequencies, e.g. to differentiate or search them."""
@@ -282,8 +286,8 @@ def cos_sin(
     `rope.inv_freq`.
 
   Raises:
-    ValueError: if positions are not integers (a float or bf16 position is already wrong), or
-      `short` is given for a rope that has none.
+    ValueError: if positions are not integers (a float or bf16 position is already wrong), the
+      frequencies narrower than float32, or `short` is given for a rope that has none.
   """
   positions = jnp.asarray(positions)
   if not jnp.issubdtype(positions.dtype, jnp.integer):
@@ -303,6 +307,8 @@ def cos_sin(
 
 def _cos_sin(rope: Rope, positions, fractions) -> tuple[jax.Array, jax.Array]:
   (inv_freq, scale, turns, *_), _ = rope.tree_flatten()
+  if jnp.finfo(inv_freq.dtype).bits < 32:
+    raise ValueError(f"frequencies must be float32 or wider, got {inv_freq.dtype}")
   inv_freq = jnp.asarray(inv_freq, jnp.float32)
   p = positions.astype(jnp.uint32).reshape(positions.shape + (1,) * inv_freq.ndim)
   if turns is None:

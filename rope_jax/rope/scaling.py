@@ -298,6 +298,7 @@ def _pair_with(rope: Rope, name: str, rotations: float) -> float:
   if rope.inv_freq.ndim > 1:
     raise ValueError(f"{name}: apply it before stacking ropes by layer or head")
   if not np.allclose(rope.inv_freq, geometric, rtol=1e-9, atol=0):
+    rope.refuse_twice(name)
     # A base that is itself scaled has other rotations than theta says: read them off.
     turning = rope.inv_freq > 0
     log_turns = np.log(rope.original_context * rope.inv_freq[turning] / TWO_PI)
