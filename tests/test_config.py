@@ -1,9 +1,11 @@
 import ast
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny
 from conftest import ROOT
@@ -90,7 +92,7 @@ def test_every_key_is_read():
   c = config.base()
   c.evals.perplexity = config.perplexity()
   # Options of methods go to the function of that name, by its signature.
-  methods = {f"rope.{name}" for name in rope.SCALINGS}
+  methods = {f"rope.{name}" for name in (*rope.SCALINGS, *resolve.PHASES)}
   unread = [
     key for key in leaves(c)
     if key.rpartition(".")[2] not in read and key.rpartition(".")[0] not in methods
@@ -181,6 +183,48 @@ def change(c, key, value):
     ({"seed": -1}, "seed=-1"),
     ({"lora.rank": 4, "lora.targets": ()}, "lora.targets"),
     ({"checkpoint.keep": 0}, "checkpoint.keep=0"),
+    ({"rope.partial_rotary_factor": 0.2}, "partial_rotary_factor=0.2"),
+    ({"rope.phase": "psc", "rope.psc.share": "some"}, "rope.psc.share='some'"),
+    ({"rope.psc_rotation.bound": 1.0}, "rope.psc_rotation.bound=1.0.*phase='none'"),
+    ({"rope.phase": "psc_rotation", "rope.psc_rotation.bound": -1.0}, "rope.psc_rotation.bound"),
+    ({"rope.scaling": "longrope", "rope.context": 128}, "longrope.long_factor.*8 pairs"),
+    (
+      {"rope.scaling": "longrope", "rope.context": 128, "rope.longrope.factors": "no.json"},
+      "rope.longrope.factors='no.json'.*no factors",
+    ),
+    (
+      {
+        "rope.scaling": "longrope",
+        "rope.context": 128,
+        "rope.longrope.factors": "no.json",
+        "rope.longrope.long_factor": (2.0,) * 8,
+      },
+      "rope.longrope.long_factor",
+    ),
+    (
+      {
+        "rope.scaling": "longrope",
+        "rope.context": 128,
+        "rope.longrope.long_factor": ((2.0,) * 8,) * 3,
+      },
+      "rope.longrope.*3 rows.*num_layers=2",
+    ),
+    ({"rope.scaling": "dynamic_yarn"}, "rope.context=64.*nothing"),
+    ({"rope.scaling": "hope", "rope.factor": 2.0}, "rope.factor=2.0.*'hope' uses no factor"),
+    ({"data.positions": "some"}, "data.positions='some'"),
+    ({"data.positions": "pose"}, "data.length=64.*context=64"),
+    (
+      {"data.positions": "pose", "rope.context": 128, "data.length": 64},
+      "data.packing='pack'.*'document'",
+    ),
+    ({"data.positions": "e2_llm"}, "rope.scaling='none'.*'pi'"),
+    (
+      {"data.positions": "e2_llm", "rope.scaling": "pi", "rope.context": 128},
+      "data.length=128.*original_context=64",
+    ),
+    ({"data.positions": "mixed"}, "rope.scaling='none'"),
+    ({"data.positions": "clex"}, "data.positions='clex'.*scaling='clex'"),
+    ({"rope.scaling": "clex", "rope.context": 128}, "data.positions='sequential'.*'clex'"),
   ],
   ids=lambda x: "+".join(x) if isinstance(x, dict) else "",
 )
@@ -273,11 +317,96 @@ print([m for m in ("flax", "orbax", "optax", "tensorflow_datasets") if m in sys.
   assert done.stdout.strip() == "[]", done
 
 
+def test_methods_need_a_longer_context_only_where_they_stretch():
+  for name in rope.SCALINGS:
+    c = config.base()
+    c.model.head_dim = 128
+    c.rope.scaling = name
+    stretches = {"factor", "seq_len"} & set(tiny.parameters(name)) and name != "proportional"
+    if stretches:
+      with pytest.raises(ValueError, match="would do nothing"):
+        resolve.rope(c)
+    else:
+      assert resolve.rope(c).context == 4096
+
+
+def test_factors_come_from_the_file_that_the_config_names(tmp_path):
+  (tmp_path / "f.csv").write_text("1,1.5,2,2.5,3,3.5,4,4")
+  c = config.base()
+  c.rope.update(scaling="longrope", context=16_384)
+  c.rope.longrope.factors = str(tmp_path / "f.csv")
+  base = resolve.base(c).inv_freq
+  np.testing.assert_allclose(base / resolve.rope(c).inv_freq, [1, 1.5, 2, 2.5, 3, 3.5, 4, 4])
+  (tmp_path / "f.csv").write_text("1,1,1,1,1,1,1,2\n2,2,2,2,2,2,2,2")
+  assert resolve.rope(c).inv_freq.shape == (2, 8)
+
+
+def test_training_sees_the_rope_that_goes_with_its_positions():
+  def made(positions, time=1, **changes):
+    c = config.base()
+    c.model.head_dim = 128
+    c.rope.update(scaling="pi", context=16_384)
+    c.rope.update(changes)
+    c.data.positions = positions
+    c.data.length = 2048
+    return resolve.training_rope(c, time)
+
+  base = rope.base(head_dim=128, theta=1e4, original_context=4096)
+  same = functools.partial(np.testing.assert_allclose, rtol=1e-15)
+  same(made("sequential").inv_freq, base.inv_freq / 4)
+  same(made("e2_llm").inv_freq, base.inv_freq)
+  same(made("sequential", scaling="dynamic_yarn").inv_freq, base.inv_freq)  # 2,048 tokens
+  same(made("pose", scaling="dynamic_yarn").inv_freq,
+       rope.dynamic_yarn(base, seq_len=16_384).inv_freq)  # fmt: skip
+  mixed = made("mixed")
+  same(mixed.inv_freq, base.inv_freq / 4)
+  same(mixed.short.inv_freq, base.inv_freq)
+  lists = dict(long_factor=(4.0,) * 64, short_factor=(1.5,) * 64)
+  mixed = made("mixed", scaling="longrope", longrope=lists)
+  np.testing.assert_allclose(base.inv_freq / mixed.short.inv_freq, 1.5)
+  assert made("clex", 3, scaling="clex").time == 3
+
+
 def test_inspect_rope_prints_json_and_nothing_else():
   done = launch("inspect_rope.py", "--config=configs/psc_64k.py", "--json")
   printed = json.loads(done.stdout)
   keys = "inv_freq attention_scale wavelengths scaling factor theta head_dim original_context"
-  assert set(f"{keys} context resonance phase".split()) <= set(printed)
+  keys += " context resonance phase critical_pair disturbance"
+  assert set(keys.split()) <= set(printed)
   expected = rope.yarn(rope.base(head_dim=128, theta=1e4, original_context=4096), 16)
   assert printed["inv_freq"] == expected.inv_freq.tolist()
   assert printed["attention_scale"] == expected.attention_scale
+
+
+@pytest.mark.parametrize("scaling", ["longrope2", "dynamic_ntk"])
+def test_inspect_rope_says_at_which_length(scaling):
+  printed = {}
+  for n in (4096, 16_384):
+    args = [f"--config=configs/smollm2_16k.py:scaling={scaling},phase=none", f"--seq_len={n}"]
+    done = launch("inspect_rope.py", *args, "--json")
+    printed[n] = json.loads(done.stdout)
+    assert printed[n]["seq_len"] == n
+  base = rope.base(head_dim=64, theta=1e5, original_context=8192)
+  np.testing.assert_allclose(printed[4096]["inv_freq"], base.inv_freq)
+  assert printed[16_384]["inv_freq"] != printed[4096]["inv_freq"]
+
+
+def test_inspect_rope_draws_and_strict_json_has_no_infinity(tmp_path):
+  args = ["--config=configs/smollm2_16k.py:scaling=hope,phase=none", "--json", "--format=svg"]
+  done = launch("inspect_rope.py", *args, f"--plot={tmp_path}", "--compare=none,yarn,longrope2")
+  assert done.returncode == 0, done.stderr
+  printed = json.loads(done.stdout, parse_constant=pytest.fail)
+  assert None in printed["wavelengths"] and 0.0 in printed["inv_freq"]
+  for name in ("wavelengths", "angles", "disturbance", "score_decay"):
+    assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+  legend = (tmp_path / "wavelengths.svg").read_text()
+  assert all(f"<!-- {name} -->" in legend for name in ("hope", "none", "yarn", "longrope2"))
+  refused = launch("inspect_rope.py", *args, "--compare=none")
+  assert refused.returncode == 2 and "--plot" in refused.stderr
+
+
+def test_reproduce_lists_runs_and_refuses():
+  assert "dprope-table3" in launch("reproduce.py").stdout
+  assert "46 of 64" in launch("reproduce.py", "resonance-theory").stdout
+  done = launch("reproduce.py", "cold-fusion")
+  assert done.returncode == 2 and "cold-fusion" in done.stderr and "Traceback" not in done.stderr

@@ -67,6 +67,85 @@ def test_parameter_count():
   assert sum(x.size for x in jax.tree.leaves(phase)) == rope.psc_parameter_count(3, 4, 2, 16)
 
 
+ROTATED = dict(up=weights(0.5)["up"], down=weights(0.5)["down"][..., :8])
+
+
+def turned(x, y):
+  """Angle of each pair of y against that of x, in (-pi, pi]."""
+  a, b = (np.asarray(v)[..., :8] + 1j * np.asarray(v)[..., 8:] for v in (x, y))
+  return np.angle(b / a)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotation_is_the_identity_at_init_bit_for_bit(dtype):
+  p = rope.psc_init(jax.random.key(0), 3, 16, outputs=8)
+  assert p["down"].shape == (3, 16, 8)
+  x = X.astype(dtype)
+  np.testing.assert_array_equal(rope.psc_rotation(x, p["up"], p["down"]), x)
+
+
+@pytest.mark.parametrize("bound", [np.pi, 0.3, None])
+def test_rotation_turns_each_pair_by_the_angle_of_the_formula_and_keeps_lengths(bound):
+  got = rope.psc_rotation(X, ROTATED["up"], ROTATED["down"], bound=bound)
+  z = np.einsum("...hd,hdr->...hr", X, ROTATED["up"])
+  angle = np.einsum("...hr,hrp->...hp", z / (1 + np.exp(-z)), ROTATED["down"])
+  angle = angle if bound is None else bound * np.tanh(angle)
+  off = turned(X, got) - angle
+  np.testing.assert_allclose((off + np.pi) % (2 * np.pi) - np.pi, 0, atol=1e-3)
+  length = lambda x: np.hypot(x[..., :8], x[..., 8:])  # noqa: E731
+  np.testing.assert_allclose(length(got), length(X), rtol=1e-4)
+  assert np.abs(turned(X, got)).max() > (0.29 if bound == 0.3 else np.radians(60))
+
+
+def test_rotation_before_and_after_rope_is_the_same():
+  r = tiny.base_rope()
+  cos, sin = rope.cos_sin(r, jnp.arange(5))
+  before = rope.rotate(rope.psc_rotation(X, ROTATED["up"], ROTATED["down"]), cos, sin)
+  angle_after = turned(rope.rotate(X, cos, sin), before)
+  np.testing.assert_allclose(
+    np.exp(1j * angle_after),
+    np.exp(1j * turned(X, rope.psc_rotation(X, ROTATED["up"], ROTATED["down"]))),
+    atol=1e-3,
+  )
+
+
+@pytest.mark.parametrize("phase", ["psc", "psc_rotation"])
+@pytest.mark.parametrize("share", ["none", "heads", "layers", "all"])
+def test_parameters_are_shared_as_said(phase, share):
+  phase_tree = tiny.variables(tiny.model(phase=phase, psc_share=share))["phase"]
+  heads = {k: 1 if share in ("heads", "all") else n for k, n in (("psc_q", 4), ("psc_k", 2))}
+  lead = () if share in ("layers", "all") else (3,)
+  tree = phase_tree if share in ("layers", "all") else phase_tree["layers"]["attention"]
+  for name, h in heads.items():
+    assert tree[name]["up"].shape == (*lead, h, 16, 16)
+    assert tree[name]["down"].shape == (*lead, h, 16, 16 if phase == "psc" else 8)
+  if phase == "psc":
+    count = sum(x.size for x in jax.tree.leaves(phase_tree))
+    assert count == rope.psc_parameter_count(3, 4, 2, 16, share)
+
+
+@pytest.mark.parametrize("phase, share", [("psc", "heads"), ("psc_rotation", "all")])
+def test_shared_parameters_are_the_identity_at_init_and_all_of_them_learn(phase, share):
+  m, tokens = tiny.model(phase=phase, psc_share=share, remat="none"), tiny.tokens()
+  v = tiny.initial(m)
+  plain = jax.jit(tiny.model().apply)(dict(params=v["params"]), tokens, tiny.base_rope())
+  np.testing.assert_array_equal(jax.jit(m.apply)(v, tokens, tiny.base_rope()), plain)
+  v = tiny.variables(m)
+  loss = jax.jit(jax.grad(lambda p: m.apply({**v, "phase": p}, tokens, tiny.base_rope()).std()))
+  assert all((jnp.abs(g) > 0).any() for g in jax.tree.leaves(loss(v["phase"])))
+
+
+def test_sharing_over_layers_is_equal_parameters_in_each():
+  shared, own = (tiny.model(phase="psc", psc_share=s) for s in ("layers", "none"))
+  v = tiny.variables(shared)
+  copied = jax.tree.map(lambda x: jnp.stack([x] * 3), v["phase"])
+  got = jax.jit(shared.apply)(v, tiny.tokens(), tiny.base_rope())
+  expected = jax.jit(own.apply)(
+    dict(v, phase=dict(layers=dict(attention=copied))), tiny.tokens(), tiny.base_rope()
+  )
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 def test_unknown_initial_scale_is_refused():
   with pytest.raises(ValueError, match="psc.init.*'big'"):
     rope.psc_init(jax.random.key(0), 1, 4, "big")

@@ -445,3 +445,61 @@ def test_the_psc_64k_step_traces_at_full_size():
   assert metrics["loss"].dtype == jnp.float32
   moments = [x for x in jax.tree.leaves(opt_state) if x.shape]
   assert sum(x.size for x in moments) == 2 * (sizes["lora"] + sizes["phase"])
+
+
+POSITIONS = dict(
+  pose=dict(data__packing="document", data__length=32, rope__scaling="yarn", rope__context=128),
+  e2_llm=dict(data__length=32, rope__scaling="pi", rope__context=128),
+  mixed=dict(rope__scaling="yarn", rope__context=128, rope__original_context=32),
+  clex=dict(data__length=64, rope__scaling="clex", rope__context=128),
+)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_arrangement_of_positions_trains(tmp_path, positions):
+  """CLEX, whose frequencies differ from step to step, also resumes bit for bit."""
+  folder = tiny.text_folder(tmp_path / "text")
+
+  def settings():
+    c = tiny.run_config(folder, steps=3)
+    c.data.positions = positions
+    for key, value in POSITIONS[positions].items():
+      block, name = key.split("__")
+      c[block][name] = value
+    if positions == "clex":
+      c.rope.clex.update(max_factor=2, time_step=0.25)
+      c.train.trainable = "adapters"
+    c.checkpoint.every = 2
+    del c.evals.perplexity
+    return c
+
+  c = settings()
+  loop.train(c, str(tmp_path / "whole"))
+  mesh = sharding.make_mesh(c.mesh, 1)
+  first, last = (
+    state.initial_variables(c, mesh, ""),
+    state.run_variables(str(tmp_path / "whole"), mesh),
+  )
+  trained = "phase" if positions == "clex" else "params"
+  moved = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), last[trained], first[trained])
+  assert any(jax.tree.leaves(moved))
+  if positions != "clex":
+    return
+  jax.tree.map(np.testing.assert_array_equal, last["params"], first["params"])
+  with pytest.MonkeyPatch.context() as m:
+    m.setattr(loop.batches_lib, "prefetch", stopping(loop.batches_lib.prefetch, 2))
+    with pytest.raises(KeyboardInterrupt):
+      loop.train(settings(), str(tmp_path / "cut"))
+  loop.train(settings(), str(tmp_path / "cut"))
+  again = state.run_variables(str(tmp_path / "cut"), mesh)
+  jax.tree.map(np.testing.assert_array_equal, last, again)
+
+
+def stopping(prefetch, step):
+  def stopped(make, start, stop):
+    for i, batch in enumerate(prefetch(make, start, stop), start):
+      if i == step:
+        raise KeyboardInterrupt
+      yield batch
+
+  return stopped
