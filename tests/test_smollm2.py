@@ -1,5 +1,6 @@
 """A real pretrained Llama, SmolLM2-135M, against transformers on the same file and text."""
 
+import copy
 import functools
 import math
 import os
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rope_jax import config, presets, resolve, weights
+from rope_jax import config, presets, resolve, rope, weights
 from rope_jax.data import tokenizer
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama, unembedding
@@ -54,26 +55,37 @@ def our_params():
   return state.initial_variables(c, mesh, "")["params"]
 
 
-def their_model(parameters):
+@functools.cache
+def their_checkpoint():
   import torch
-  from transformers import AutoConfig, AutoModelForCausalLM
+  from transformers import AutoModelForCausalLM
 
-  path = weights.locate("smollm2-135m")[1]
-  directory, file = os.path.split(path)
-  hf = AutoConfig.from_pretrained(directory, gguf_file=file)
+  directory, file = os.path.split(weights.locate("smollm2-135m")[1])
+  return AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32).eval()
+
+
+def their_model(parameters, maximum=16_384):
+  """transformers' model of the checkpoint, with rope_parameters in its config."""
+  from transformers import AutoModelForCausalLM
+
+  loaded = their_checkpoint()
+  hf = copy.deepcopy(loaded.config)
   hf.rope_parameters = dict(parameters)
   if parameters["rope_type"] != "default":
-    hf.max_position_embeddings = 16_384
-  return AutoModelForCausalLM.from_pretrained(
-    directory, gguf_file=file, config=hf, dtype=torch.float32
-  ).eval()
+    hf.max_position_embeddings = maximum
+  model = AutoModelForCausalLM.from_config(hf).eval()
+  model.load_state_dict(loaded.state_dict())  # frequencies are made from the config, not loaded
+  assert model.dtype == loaded.dtype
+  return model
 
 
-def their_logits(model, tokens):
+def their_logits(model, tokens, positions=None):
   import torch
 
+  positions = np.arange(len(tokens)) if positions is None else positions
+  tokens, positions = (torch.tensor(x, dtype=torch.long)[None] for x in (tokens, positions))
   with torch.no_grad():
-    return model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0].numpy()
+    return model(tokens, position_ids=positions).logits[0].numpy()
 
 
 @pytest.mark.parametrize("scaling", ROPES)
@@ -88,6 +100,39 @@ def test_logits_equal_transformers(scaling):
   theirs = their_logits(their_model(ROPES[scaling]), tokens)
   assert np.abs(theirs).max() > 10
   np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+BASE = rope.base(head_dim=64, theta=THETA, original_context=8192)
+EXPORTS = dict(
+  resonance_over_yarn=lambda n: rope.resonance(rope.yarn(BASE, 2.0)),
+  dprope=lambda n: rope.dprope(BASE, 2.0),
+  longrope2=lambda n: rope.longrope2(BASE, 2.0, seq_len=n),
+  power=lambda n: rope.power(BASE),
+)
+
+
+@pytest.mark.parametrize("method", EXPORTS)
+def test_exported_ropes_give_the_same_logits_in_unmodified_transformers(method):
+  """For a short input and, by one token far off, for what transformers takes for a long one.
+
+  Only tokens at small positions are compared: the angles of transformers are float32 products,
+  off by up to 1e-3 rad at position 12,000.
+  """
+  tokens, make = ids(257), EXPORTS[method]
+  exported = rope.to_hf(make(16_384))
+  theirs = their_model(exported["rope_parameters"], exported["max_position_embeddings"])
+  model = Llama(from_config(smollm2("none")))
+  run = jax.jit(
+    lambda params, r, p: (
+      model.apply(dict(params=params), tokens[None], r, p)[0, :-1] @ unembedding(params)
+    )
+  )
+  for last in (256, 12_000):
+    positions = np.append(np.arange(256), last).astype(np.int32)
+    ours = np.asarray(run(our_params(), make(last + 1), positions[None]))
+    expected = their_logits(theirs, tokens, positions)[:-1]
+    np.testing.assert_allclose(ours, expected, atol=1e-3)
+  assert run._cache_size() == 1
 
 
 def test_perplexity_of_16k_tokens_equals_transformers(tmp_path):

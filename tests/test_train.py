@@ -448,7 +448,6 @@ def test_the_psc_64k_step_traces_at_full_size():
 
 
 POSITIONS = dict(
-  pose=dict(data__packing="document", data__length=32, rope__scaling="yarn", rope__context=128),
   e2_llm=dict(data__length=32, rope__scaling="pi", rope__context=128),
   mixed=dict(rope__scaling="yarn", rope__context=128, rope__original_context=32),
   clex=dict(data__length=64, rope__scaling="clex", rope__context=128),
