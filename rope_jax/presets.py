@@ -45,6 +45,41 @@ def smollm2_135m(c: ConfigDict) -> None:
   )
 
 
+def tiny() -> ConfigDict:
+  """A byte-level Llama with a window of 128 tokens that trains in minutes on a laptop."""
+  c = config.base()
+  c.tokenizer = "byte"
+  c.rope.original_context = c.rope.context = 128
+  c.model.update(num_layers=4, d_model=144, num_heads=3, num_kv_heads=3, head_dim=48, d_ff=400)
+  c.model.remat = "none"
+  return c
+
+
+def tiny_extended(init_from: str) -> ConfigDict:
+  """`tiny` with the weights of a run of it, evaluated as it is at up to 1,024 tokens."""
+  c = tiny()
+  c.init_from = init_from
+  c.rope.context = 1024
+  c.evals.perplexity = config.perplexity(
+    lengths=(128, 256, 512, 1024), protocol="truncate", num_samples=64, batch_size=8
+  )
+  return c
+
+
+def tiny_adapted(init_from: str) -> ConfigDict:
+  """`tiny_extended` by YaRN and 80 steps of LoRA: where to try a method of one's own."""
+  c = tiny_extended(init_from)
+  c.rope.scaling = "yarn"
+  c.lora.rank = 8
+  c.train.trainable = "adapters"
+  c.train.steps = 80
+  c.train.batch_size = 4
+  c.train.learning_rate = 2e-3
+  c.train.warmup_steps = 10
+  c.train.log_every = 20
+  return c
+
+
 def psc_recipe(c: ConfigDict) -> None:
   """The training recipe of PSC as released (WNQzhu/PSC): LoRA and PSC on a frozen base.
 

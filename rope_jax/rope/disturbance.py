@@ -17,17 +17,20 @@ from rope_jax.rope.rotary import TWO_PI, Rope
 # What every bin starts with in the release: the smallest normal float16, in counts.
 _SMOOTHING = float(np.finfo(np.float16).tiny)
 
-# Transforms that a pair may choose from; others are passed as functions.
-_CANDIDATES = dict(
-  pi=scaling.pi,
-  ntk=scaling.ntk,
-  ntk_critical=scaling.ntk_critical,
-  ntk_mixed=scaling.ntk_mixed,
-  ntk_by_parts=scaling.ntk_by_parts,
-  ntk_by_parts_v1=scaling.ntk_by_parts_v1,
-  yarn=scaling.yarn,
-  llama3=scaling.llama3,
-)
+# Transforms that a pair may choose from by name; others are passed as functions.
+_CANDIDATES = {
+  f.__name__: f
+  for f in (
+    scaling.pi,
+    scaling.ntk,
+    scaling.ntk_critical,
+    scaling.ntk_mixed,
+    scaling.ntk_by_parts,
+    scaling.ntk_by_parts_v1,
+    scaling.yarn,
+    scaling.llama3,
+  )
+}
 
 
 def angle_histogram(rope: Rope, length: int, bins: int = 360) -> np.ndarray:
