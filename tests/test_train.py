@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from rope_jax import config, presets, resolve
+from rope_jax import config, presets, resolve, rope
 from rope_jax.data.tokenizer import ByteTokenizer
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
@@ -447,8 +447,19 @@ def test_the_psc_64k_step_traces_at_full_size():
   assert sum(x.size for x in moments) == 2 * (sizes["lora"] + sizes["phase"])
 
 
+def test_fractions_of_positions_reach_the_loss():
+  """At quarters of positions, the untouched rope is position interpolation by 4."""
+  m, b = tiny.model(), batch()
+  v = tiny.variables(m)
+  loss = jax.jit(lambda b, r: step_lib.batch_loss(m, v, b, r, 16))
+  p = b["positions"]
+  quarters = dict(b, positions=p // 4, fractions=(p % 4 / 4).astype(np.float32))
+  base = tiny.base_rope()
+  np.testing.assert_allclose(loss(quarters, base), loss(b, rope.pi(base, 4.0)), rtol=1e-5)
+  assert abs(loss(quarters, base) / loss(b, base) - 1) > 1e-3
+
+
 POSITIONS = dict(
-  e2_llm=dict(data__length=32, rope__scaling="pi", rope__context=128),
   mixed=dict(rope__scaling="yarn", rope__context=128, rope__original_context=32),
   clex=dict(data__length=64, rope__scaling="clex", rope__context=128),
 )
