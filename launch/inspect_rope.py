@@ -66,13 +66,14 @@ def _plot(runs) -> list[str]:
       if method in other.rope:
         other.rope[method] = config_lib.base().rope[method]
     other.rope.update(scaling=name)
+    other.rope.factor = None  # of the contexts, as for all others
     if name not in configs:
       configs[name] = other
   ropes = {}
   for name, run in configs.items():
     r = cli.checked("", resolve.rope, run, SEQ_LEN.value)
     ropes |= {name + which: row for which, row in plots.rows(r).items()}
-  original, length = resolve.base(first), first.rope.context
+  original, length = resolve.base(first), SEQ_LEN.value or first.rope.context
   os.makedirs(PLOT.value, exist_ok=True)
   paths = [os.path.join(PLOT.value, f"{name}.{FORMAT.value}") for name in
            ("wavelengths", "angles", "disturbance", "score_decay")]  # fmt: skip

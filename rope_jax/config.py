@@ -24,7 +24,7 @@ from rope_jax.errors import choice
 from rope_jax.weights import RUN_FILE
 
 # Given by `resolve.rope`, not by the user.
-_RESOLVED = ("rope", "factor", "seq_len", "kv_heads")
+_RESOLVED = ("factor", "seq_len", "kv_heads")
 
 
 def base() -> ConfigDict:
@@ -212,16 +212,26 @@ def data_dir(c: ConfigDict) -> str:
 
 
 def method_options(function) -> dict:
-  """Options of a frequency transform with their defaults; None becomes a typed placeholder."""
+  """Options of a frequency transform with their defaults; None becomes a typed placeholder.
+
+  Raises:
+    ValueError: for an option without a default, or without a type where that is None.
+  """
   hints = typing.get_type_hints(function)
   options = {}
-  for name, parameter in inspect.signature(function).parameters.items():
+  for name, parameter in list(inspect.signature(function).parameters.items())[1:]:  # not the rope
     if name in _RESOLVED:
       continue
     if parameter.default is inspect.Parameter.empty:
-      raise TypeError(f"{function.__name__}: option {name!r} needs a default")
-    kinds = [k for k in typing.get_args(hints[name]) if k is not type(None)]
-    options[name] = placeholder(kinds[0]) if parameter.default is None else parameter.default
+      raise ValueError(f"{function.__name__}: option {name!r} needs a default")
+    options[name] = parameter.default
+    if parameter.default is None:
+      kinds = [k for k in typing.get_args(hints.get(name)) if k is not type(None)]
+      if not kinds:
+        raise ValueError(
+          f"{function.__name__}: option {name!r}=None needs a type, e.g. float | None"
+        )
+      options[name] = placeholder(kinds[0])
   return options
 
 
@@ -271,6 +281,13 @@ def read(workdir: str) -> ConfigDict:
   with open(path) as f:
     values = json.load(f)["config"]
   c = base()
+  for method in set(values["rope"]) - set(c.rope):  # of a notebook, say
+    if values["rope"]["scaling"] == method:
+      raise ValueError(
+        f"{workdir}: the run's config.rope.scaling={method!r} is no method here; add it to "
+        "rope.SCALINGS first"
+      )
+    del values["rope"][method]
   for name, entry in values.pop("evals").items():
     c.evals[name] = perplexity()
     _assign(c.evals[name], entry)
@@ -287,7 +304,7 @@ def _assign(c: ConfigDict, values: dict) -> None:
 
 
 def _tuples(value):
-  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+  return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _flat(c: ConfigDict, prefix: str = "") -> dict:
@@ -296,7 +313,7 @@ def _flat(c: ConfigDict, prefix: str = "") -> dict:
     if isinstance(c[key], ConfigDict):
       out |= _flat(c[key], f"{prefix}{key}.")
     else:
-      out[prefix + key] = c[key]
+      out[prefix + key] = _tuples(c[key])
   return out
 
 

@@ -24,7 +24,7 @@ def read(path: str) -> dict[str, tuple]:
       if path.endswith(".json"):
         return _from_json(json.load(f))
       rows = [[float(x) for x in row] for row in csv.reader(f) if row]
-  except (OSError, ValueError, KeyError) as error:
+  except (OSError, ValueError) as error:
     raise ValueError(f"{path}: no factors to read: {error}") from None
   if rows and all(len(row) == 1 for row in rows):
     rows = [[row[0] for row in rows]]
@@ -37,14 +37,19 @@ def _from_json(value) -> dict[str, tuple]:
   if isinstance(value, list):
     return dict(long_factor=_plain(value))
   for key in ("rope_parameters", "rope_scaling"):
-    value = value.get(key) or value
-  found = {k: _plain(value[k]) for k in ("long_factor", "short_factor") if k in value}
-  if "long_factor" not in found:
-    raise KeyError("long_factor")
-  return found
+    if isinstance(value, dict):
+      value = value.get(key) or value
+  if not isinstance(value, dict) or "long_factor" not in value:
+    raise ValueError("expected an object with long_factor, or a list")
+  if value.get("attention_factor") is not None:
+    raise ValueError(
+      f"it has attention_factor={value['attention_factor']}, which would be lost; put it in the "
+      "option `attention` of the config and take it out of the file"
+    )
+  return {k: _plain(value[k]) for k in ("long_factor", "short_factor") if k in value}
 
 
-def _plain(value):
-  if isinstance(value, list):
-    return tuple(map(_plain, value))
-  return float(value)
+def _plain(value) -> tuple:
+  if not isinstance(value, list):
+    raise ValueError(f"expected a list of numbers, got {value!r}")
+  return tuple(_plain(x) if isinstance(x, list) else float(x) for x in value)

@@ -10,7 +10,8 @@ from rope_jax import resolve
 def rope_line(c, seq_len: int | None = None) -> str:
   """The resolved rope in one line, for a sequence of `seq_len` tokens where that matters."""
   r = resolve.describe(c, seq_len)
-  line = f"rope: {r['scaling']} x{r['factor']:g}" if r["scaling"] != "none" else "rope: untouched"
+  line = "rope: untouched" if r["scaling"] == "none" else f"rope: {r['scaling']}"
+  line += f" x{r['factor']:g}" if r["factor"] != 1 else ""
   line += ", resonance" if r["resonance"] else ""
   line += f", phase {r['phase']}" if r["phase"] != "none" else ""
   line += f", at {r['seq_len']:,} tokens" if "seq_len" in r else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 
 import numpy as np
@@ -32,8 +33,10 @@ def rope(c: ConfigDict, seq_len: int | None = None) -> rope_lib.Rope:
   if r.scaling in r and r[r.scaling].get("factors"):
     options |= _from_file(c)
   given = dict(
-    factor=factor(c), seq_len=seq_len or r.context, kv_heads=c.model.num_kv_heads
-  )  # fmt: skip
+    factor=factor(c),
+    seq_len=r.context if seq_len is None else seq_len,
+    kv_heads=c.model.num_kv_heads,
+  )
   options |= {k: v for k, v in given.items() if k in inspect.signature(function).parameters}
   try:
     out = function(base(c), **options)
@@ -92,12 +95,17 @@ def factor(c: ConfigDict) -> float:
   return c.rope.context / c.rope.original_context if c.rope.factor is None else c.rope.factor
 
 
-def describe(c: ConfigDict, seq_len: int | None = None) -> dict:
-  """The resolved rope as plain data for screen and JSON; an infinite wavelength is None."""
-  r = rope(c, seq_len)
+def describe(c: ConfigDict, seq_len: int | None = None, r: rope_lib.Rope | None = None) -> dict:
+  """The resolved rope, or the rope `r` that was made from this config otherwise, as plain data.
+
+  For screen and JSON; an infinite wavelength is None.
+  """
+  length = None if r is not None else c.rope.context if seq_len is None else seq_len
+  r = rope(c, length) if r is None else r
+  parameters = inspect.signature(rope_lib.SCALINGS[c.rope.scaling]).parameters
   out = dict(
     scaling=c.rope.scaling,
-    factor=1.0 if c.rope.scaling == "none" else factor(c),
+    factor=float(factor(c)) if {"factor", "seq_len"} & set(parameters) else 1.0,
     resonance=c.rope.resonance,
     phase=c.rope.phase,
     theta=c.rope.theta,
@@ -110,12 +118,13 @@ def describe(c: ConfigDict, seq_len: int | None = None) -> dict:
     critical_pair=rope_lib.critical_pair(base(c)),
     history=_plain([[name, options] for name, options in r.history]),
   )
-  return out | (dict(seq_len=seq_len or c.rope.context) if depends_on_length(c) else {})
+  return out | (dict(seq_len=length) if depends_on_length(c) and length else {})
 
 
 def disturbance(c: ConfigDict, seq_len: int | None = None) -> list:
   """Of each pair, by how much the rope moves its angle distribution at that many tokens (nats)."""
-  r, length = rope(c, seq_len), seq_len or c.rope.context
+  length = c.rope.context if seq_len is None else seq_len
+  r = rope(c, length)
   rows = [dataclasses.replace(r, inv_freq=row) for row in r.inv_freq.reshape(-1, r.rotary_dim // 2)]
   found = [rope_lib.disturbance(row, base(c), length).tolist() for row in rows]
   return found[0] if r.inv_freq.ndim == 1 else found
@@ -132,10 +141,17 @@ def _plain(value):
   return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
+def fingerprint(c: ConfigDict) -> str:
+  """Of the factor lists that the config takes from a file, which may change under a run."""
+  file = c.rope.get(c.rope.scaling, {}).get("factors")
+  return hashlib.sha256(repr(_from_file(c)).encode()).hexdigest()[:16] if file else ""
+
+
 def _from_file(c: ConfigDict) -> dict:
   key, block = f"rope.{c.rope.scaling}", c.rope[c.rope.scaling]
-  check(not block.long_factor, f"{key}.long_factor", block.long_factor,
-        f"() where {key}.factors names a file")  # fmt: skip
+  for name in ("long_factor", "short_factor"):
+    check(not block.get(name), f"{key}.{name}", block.get(name),
+          f"() where {key}.factors names a file")  # fmt: skip
   try:
     found = factors.read(block.factors)
   except ValueError as error:
@@ -162,10 +178,12 @@ def _validate(c: ConfigDict) -> None:
     check(r.factor >= 1, "rope.factor", r.factor, "at least 1")
     check("factor" in parameters, "rope.factor", r.factor,
            f"not to be set, since rope.scaling={r.scaling!r} uses no factor")  # fmt: skip
-  elif needs_factor or "seq_len" in parameters:
+  if r.factor is None and needs_factor or "seq_len" in parameters:
     check(r.context > r.original_context, "rope.context", r.context,
            f"above rope.original_context={r.original_context}: rope.scaling={r.scaling!r} would do "
            "nothing")  # fmt: skip
+  check(r.scaling != "clex" or not r.resonance, "rope.resonance", r.resonance,
+        "False: what rope.scaling='clex' learns has no whole wavelengths")  # fmt: skip
   # A setting that nothing reads is an error, not a surprise in the results.
   default = config.base().rope
   for method in default:

@@ -113,8 +113,11 @@ def _positions(c: ConfigDict) -> None:
     check(length <= L, "data.length", length, f"at most rope.original_context={L} {there}")
   if kind == "e2_llm":
     check(r.scaling == "pi", "rope.scaling", r.scaling, f"'pi' {there}, which prepares for it")
+    check(not r.resonance, "rope.resonance", True, f"False {there}: it trains on fractions")
   if kind == "mixed":
     check(r.scaling != "none", "rope.scaling", r.scaling, f"a method for long windows {there}")
+    check(not r.longrope.start_tokens, "rope.longrope.start_tokens", r.longrope.start_tokens,
+          f"0 {there}: a rope has one other rope for some of its tokens")  # fmt: skip
     check(length > L, "data.length", length,
           f"above rope.original_context={L} {there}, or no window is long")  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Hugging Face's config, both ways; transformers 5.23 is the judge."""
 
+import dataclasses
 import functools
 import json
 
@@ -61,6 +62,8 @@ def with_defaults(c):
   p = dict(c["rope_parameters"])
   return dict(c, rope_parameters=dict(DEFAULTS.get(p["rope_type"], {}), **p))
 
+
+YARN = parameters("yarn", factor=4.0, original_max_position_embeddings=L)
 
 ROUND_TRIPS = [
   (parameters("default"), L),
@@ -184,7 +187,43 @@ def test_older_configs_keep_their_base():
   assert rope.from_hf(dict(max_position_embeddings=8, head_dim=4)).theta == 1e4
 
 
-YARN = parameters("yarn", factor=4.0, original_max_position_embeddings=L)
+def test_configs_as_they_are_found_are_read():
+  longer = dict(max_position_embeddings=10 * L)
+  # The recipe of Qwen3: the maximum lies between the original and what the factor reaches.
+  r = rope.from_hf(config(YARN, maximum=int(1.25 * L)))
+  assert (r.original_context, r.context) == (L, 4 * L)
+  np.testing.assert_allclose(r.inv_freq, rope.yarn(BASE, 4.0).inv_freq)
+  # YaRN's own checkpoints; DeepSeek's scales of 0, which are none.
+  extra = dict(YARN, finetuned=True, mscale=0, mscale_all_dim=0)
+  np.testing.assert_array_equal(rope.from_hf(config(extra)).inv_freq, r.inv_freq)
+  # Phi-3's first configs called theirs 'su' and 'yarn'.
+  lists = dict(short_factor=SHORT, long_factor=LONG)
+  old = [dict(rope_scaling=dict(type=t, **lists), original_max_position_embeddings=L, head_dim=D,
+              **longer) for t in ("su", "yarn", "longrope")]  # fmt: skip
+  assert len({rope.from_hf(c).history[0][0] for c in old}) == 1
+  # A rope for each type of layer, of which one is asked for.
+  nested = config(dict(full_attention=YARN, sliding_attention=parameters("default")))
+  np.testing.assert_array_equal(
+    rope.from_hf(nested, layer_type="full_attention").inv_freq, r.inv_freq
+  )
+  assert not rope.from_hf(nested, layer_type="sliding_attention").history
+
+
+def test_a_base_changed_after_scaling_is_exported_as_it_is():
+  for scaled in (rope.yarn(BASE, 4.0), rope.llama3(BASE, 4.0)):
+    r = rope.abf(scaled, theta=5e5)
+    (theirs, _), *_ = transformers_rope(json.dumps(rope.to_hf(r)))
+    np.testing.assert_allclose(theirs, r.inv_freq, rtol=2e-6)
+
+
+def test_an_export_for_a_longer_context_than_the_factor_reaches_can_be_read_again():
+  r = dataclasses.replace(rope.yarn(BASE, 4.0), context=16 * L)
+  assert rope.to_hf(r)["max_position_embeddings"] == 4 * L
+  odd = rope.yarn(rope.base(head_dim=D, theta=THETA, original_context=10), np.float32(1.26))
+  for x in (r, odd):
+    np.testing.assert_allclose(
+      rope.from_hf(json.loads(json.dumps(rope.to_hf(x)))).inv_freq, x.inv_freq
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +237,7 @@ YARN = parameters("yarn", factor=4.0, original_max_position_embeddings=L)
     (dict(rope_parameters=dict(YARN, factor=0.5)), "factor=0.5"),
     (dict(rope_parameters=dict(YARN, factor="4")), "factor='4'.*number"),
     (dict(rope_parameters=dict(YARN, factor=True)), "factor=True.*number"),
-    (dict(rope_parameters=dict(YARN, factor=8.0)), "factor=8.0 and max_position_embeddings=16384"),
+    (dict(rope_parameters=dict(YARN, factor=2.0)), "factor=2.0 and max_position_embeddings=16384"),
     (dict(max_position_embeddings=L // 2), "original_max.*4096 is above max.*2048"),
     (dict(original_max_position_embeddings=L // 2), "4096 and .*=2048 differ"),
     (dict(max_position_embeddings=None), "max_position_embeddings=None"),
@@ -206,7 +245,18 @@ YARN = parameters("yarn", factor=4.0, original_max_position_embeddings=L)
     (dict(rope_scaling=parameters("linear", factor=2.0)), "rope_scaling are both given"),
     (dict(rope_parameters=dict(YARN, type="linear")), "rope_type='yarn' and type='linear'"),
     (dict(rope_parameters=dict(factor=4.0)), "no rope_type"),
-    (dict(rope_parameters=dict(full=YARN, sliding=YARN)), "type of layer"),
+    (dict(rope_parameters=dict(full=YARN, sliding=YARN)), "layer_type=None.*full, sliding"),
+    (dict(rope_parameters="yarn"), "rope_parameters='yarn'"),
+    (dict(rope_parameters=dict(YARN, rope_type=["yarn"])), "rope_type"),
+    (dict(rope_parameters=dict(YARN, truncate="no")), "truncate='no'"),
+    (dict(rope_parameters=dict(YARN, mscale=-1.0, mscale_all_dim=1.0)), "mscale"),
+    (dict(rope_parameters=parameters("longrope", long_factor=2.0, short_factor=SHORT)),
+     "long_factor=2.0.*list"),
+    (dict(rope_parameters=parameters("longrope", long_factor=LONG, short_factor=[])),
+     "short_factor=.*list"),
+    (dict(rope_parameters=parameters("longrope", long_factor=["2"] * 32, short_factor=SHORT)),
+     "long_factor.*number"),
+    (dict(qk_rope_head_dim=64), "qk_rope_head_dim=64"),
     (dict(rope_parameters=dict(YARN, beta_fast=0.5)), "beta_slow"),
     (dict(rope_parameters=dict(YARN, mscale=1.0)), "mscale_all_dim"),
     (dict(head_dim=63), "head_dim"),

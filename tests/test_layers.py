@@ -57,10 +57,10 @@ def residual(m, params, x, r):
 def test_heads_of_a_group_turn_with_their_key():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 10, 4, 16))
   r = rope.stack([BASE, rope.pi(BASE, 4.0)], axis="head")
-  one = jax.tree.map(lambda x: x[0], rope.per_layer(r, 1))
 
   def scores(shift):
-    cos, sin = rope.cos_sin(one, jnp.arange(10)[None] + shift)
+    cos, sin = rope.cos_sin(r, jnp.arange(10)[None] + shift)
+    assert cos.shape == (1, 10, 2, 8)
     a, b = rope.rotate(q, cos, sin), rope.rotate(k[:, :, :2], cos, sin)
     return jnp.einsum("bqgrd,bkgd->bgrqk", a.reshape(1, 10, 2, 2, 16), b)
 
@@ -78,6 +78,10 @@ def test_another_number_of_layers_is_refused():
     tiny.model().apply(V, T, rope.stack([BASE] * 2))
   with pytest.raises(ValueError, match="not alike"):
     rope.stack([BASE, rope.base(head_dim=8, theta=1e4, original_context=64)])
+  with pytest.raises(ValueError, match="theta is 5000.0 and 10000.0"):
+    rope.stack([BASE, rope.base(head_dim=16, theta=5e3, original_context=64)])
+  with pytest.raises(ValueError, match="no ropes"):
+    rope.stack([])
   with pytest.raises(ValueError, match="axis"):
     rope.stack([BASE], axis="pair")
   mixed = rope.fope(BASE)

@@ -104,7 +104,18 @@ def test_factors_are_read_from_json_and_csv(tmp_path, name, text, expected):
 
 
 @pytest.mark.parametrize(
-  "name, text", [("a.json", "{}"), ("a.json", "{"), ("a.csv", ""), ("a.csv", "1,x"), ("no", None)]
+  "name, text",
+  [
+    ("a.json", "{}"),
+    ("a.json", "{"),
+    ("a.csv", ""),
+    ("a.csv", "1,x"),
+    ("no", None),
+    ("a.json", "3"),
+    ("a.json", "null"),
+    ("a.json", '{"long_factor": 3}'),
+    ("a.json", '{"long_factor": [1], "attention_factor": 1.7}'),
+  ],
 )
 def test_files_without_factors_are_refused_by_name(tmp_path, name, text):
   if text is not None:

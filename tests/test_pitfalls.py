@@ -69,6 +69,9 @@ def test_pitfall_3_a_scaled_rope_is_not_scaled_twice(first):
   for second in ("pi", "yarn", "ntk_critical", "dynamic_yarn", "longrope2"):
     with pytest.raises(ValueError, match=f"{second}.*already stretched by {first}, to 16384"):
       tiny.scaled(second, scaled, 2.0)
+  stacked = rope.stack([scaled if scaled.short is None else LLAMA2, scaled])
+  with pytest.raises(ValueError, match="already stretched"):
+    rope.pi(stacked, 2.0)
   # Said explicitly, it is what it says: the next factor is of the new length.
   again = rope.pi(rope.rebase(scaled), 2.0)
   assert (again.original_context, again.context) == (16_384, 32_768)
@@ -83,8 +86,8 @@ def test_pitfall_3_original_and_maximum_length_are_not_confused():
     r = rope.from_hf(dict(hf, max_position_embeddings=maximum))
     np.testing.assert_allclose(r.inv_freq, expected)
     assert r.original_context == 4096
-  with pytest.raises(ValueError, match="factor=4.0 and max_position_embeddings=8192 disagree"):
-    rope.from_hf(dict(hf, max_position_embeddings=8192))
+  with pytest.raises(ValueError, match="factor=4.0 and max_position_embeddings=32768 disagree"):
+    rope.from_hf(dict(hf, max_position_embeddings=32_768))
   with pytest.raises(ValueError, match="rope.context=2048.*original_context=4096"):
     resolve.rope(settings(context=2048))
 

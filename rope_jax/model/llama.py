@@ -68,7 +68,8 @@ class Llama(nn.Module):
     if cfg.clex:
       rope = rope_lib.clex_correct(rope, self._clex_parameters(), **_correction(cfg))
     tokens = dict(positions=positions_BxL, fractions=fractions_BxL, short=short_BxL)
-    layered = rope.inv_freq.ndim > 1 and rope.inv_freq.shape[0] > 1
+    parts = [r.inv_freq for r in (rope, rope.short) if r is not None]
+    layered = any(f.ndim > 1 and f.shape[0] > 1 for f in parts)
     # Once per forward, in float32: angles must not pass through bfloat16. Layers with frequencies
     # of their own make their own angles: those of all at once would not fit in memory.
     if layered:

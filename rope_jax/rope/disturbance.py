@@ -49,11 +49,17 @@ def angle_histogram(rope: Rope, length: int, bins: int = 360) -> np.ndarray:
   """
   if length < 1 or bins < 1:
     raise ValueError(f"angle_histogram: length={length} and bins={bins} must be positive")
-  pairs = len(rope.inv_freq)
-  positions = np.arange(length, dtype=np.float64)
-  counts = np.empty((pairs, bins))
-  for i, frequency in enumerate(rope.inv_freq):  # one pair at a time: [length] fits in a cache
-    bin_ = (positions * frequency % TWO_PI * (bins / TWO_PI)).astype(np.int64)
+  if rope.inv_freq.ndim > 1:
+    raise ValueError("angle_histogram: frequencies differ by layer or head; take one row")
+  positions = np.arange(length)
+  periods = np.zeros(len(rope.inv_freq), int) if rope.period is None else rope.period.astype(int)
+  counts = np.empty((len(rope.inv_freq), bins))
+  # One pair at a time: [length] fits in a cache.
+  for i, (frequency, period) in enumerate(zip(rope.inv_freq, periods)):
+    if period:  # whole wavelengths: exact, where floats would fall on either side of an edge
+      bin_ = positions % period * bins // period
+    else:
+      bin_ = (positions * frequency % TWO_PI * (bins / TWO_PI)).astype(np.int64)
     # The angle of a full turn less a rounding error falls into the last bin, not past it.
     counts[i] = np.bincount(np.minimum(bin_, bins - 1), minlength=bins)
   return counts / length
@@ -127,7 +133,7 @@ def dprope(
   pairs = rope.rotary_dim // 2
   if rope.inv_freq.ndim > 1:
     raise ValueError("dprope: apply it before stacking ropes by layer or head")
-  if threshold < 0:
+  if not threshold >= 0:
     raise ValueError(f"dprope.threshold must be 0 or positive, got {threshold}")
   if interpolated_dims and threshold:
     raise ValueError("dprope.interpolated_dims sets the threshold: give one or the other")

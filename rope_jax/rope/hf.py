@@ -2,7 +2,8 @@
 
 `from_hf` reads `rope_parameters` (transformers 5) and the older `rope_scaling` with `rope_theta`.
 `to_hf` writes the native type where there is one; every other static rope becomes a 'longrope'
-with the same factors for short and long inputs, which transformers and vLLM run unmodified.
+with the same factors for short and long inputs, which transformers runs unmodified. (Not vLLM,
+whose longrope ignores attention_factor.)
 Formulas, keys and defaults: transformers 5.23 `modeling_rope_utils.py`.
 """
 
@@ -21,6 +22,17 @@ from rope_jax.rope.rotary import Rope, base
 _STILL = 1e30
 
 _LENGTHS = {"original_max_position_embeddings"}
+_LISTS = ("short_factor", "long_factor")
+# Written by the YaRN repository; changes no frequency.
+_WITHOUT_EFFECT = {"finetuned"}
+# Other architectures' ways to change a rope, which this does not read.
+_ELSEWHERE = (
+  "qk_rope_head_dim",
+  "rope_local_base_freq",
+  "rotary_pct",
+  "rotary_emb_base",
+  "rotary_dim",
+)
 # type -> (required keys, optional keys), besides rope_type, rope_theta and partial_rotary_factor.
 _KEYS = dict(
   default=(set(), set()),
@@ -37,13 +49,14 @@ _KEYS = dict(
 )
 
 
-def from_hf(config: dict, seq_len: int | None = None) -> Rope:
+def from_hf(config: dict, seq_len: int | None = None, layer_type: str | None = None) -> Rope:
   """The rope of a Hugging Face model config.
 
   Args:
     config: the contents of config.json: `rope_parameters`, or `rope_scaling` and `rope_theta`;
       `max_position_embeddings`; `head_dim`, or `hidden_size` and `num_attention_heads`.
     seq_len: tokens of the sequence, for 'dynamic' and 'longrope'; the original context if None.
+    layer_type: which one, where there is a rope for each type of layer ('full_attention', ...).
 
   Returns:
     The Rope, not rebased: apply `rebase` before stretching a rope that is scaled already.
@@ -51,7 +64,10 @@ def from_hf(config: dict, seq_len: int | None = None) -> Rope:
   Raises:
     ValueError: naming the key that is missing, unknown, impossible, or at odds with another.
   """
-  parameters = _parameters(config)
+  for key in _ELSEWHERE:
+    if config.get(key) is not None:
+      raise ValueError(f"{key}={config[key]!r}: ropes that are set by this key are not supported")
+  parameters = _parameters(config, layer_type)
   kind = parameters.pop("rope_type")
   theta = parameters.pop("rope_theta")
   required, optional = _KEYS[kind]
@@ -64,9 +80,17 @@ def from_hf(config: dict, seq_len: int | None = None) -> Rope:
   for key in sorted(required):
     if parameters.get(key) is None and not (kind == "yarn" and key in parameters):
       raise ValueError(f"rope_parameters.{key}: required by rope_type {kind!r}")
-  for key in set(parameters) - {"short_factor", "long_factor", "truncate"}:
-    if parameters[key] is not None:
-      _number(f"rope_parameters.{key}", parameters[key])
+  for key, value in parameters.items():
+    if key in _LISTS:
+      _list(f"rope_parameters.{key}", value)
+    elif key == "truncate":
+      if not isinstance(value, bool):
+        raise ValueError(f"rope_parameters.truncate={value!r} must be true or false")
+    elif value is not None:
+      _number(f"rope_parameters.{key}", value)
+  for key in ("mscale", "mscale_all_dim"):  # 0 is absent, as in transformers
+    if not parameters.get(key):
+      parameters.pop(key, None)
 
   maximum = _whole("max_position_embeddings", config.get("max_position_embeddings"))
   original = _original(config, parameters, kind, maximum)
@@ -82,7 +106,7 @@ def from_hf(config: dict, seq_len: int | None = None) -> Rope:
     original_context=original,
     partial_rotary_factor=1.0 if partial is None or kind == "proportional" else partial,
   )
-  n = seq_len or original
+  n = original if seq_len is None else seq_len
   given = {k: v for k, v in parameters.items() if v is not None}
   if kind == "default":
     out = rope
@@ -105,8 +129,9 @@ def from_hf(config: dict, seq_len: int | None = None) -> Rope:
     # A factor of 1e30 or more stands for a pair that does not turn.
     chosen = np.asarray(lists["long_factor" if n > original else "short_factor"])
     out = dataclasses.replace(out, inv_freq=np.where(chosen >= _STILL, 0.0, out.inv_freq))
-  context = maximum if kind != "linear" else max(maximum, out.context)
-  return dataclasses.replace(out, context=max(context, original))
+  # Some configs keep the original length as the maximum, though the factor reaches further.
+  context = maximum if kind in ("dynamic", "proportional") else max(maximum, out.context)
+  return dataclasses.replace(out, context=context)
 
 
 def to_hf(rope: Rope, *, freeze: bool = False) -> dict:
@@ -144,7 +169,9 @@ def to_hf(rope: Rope, *, freeze: bool = False) -> dict:
         "and has no native type; freeze=True exports it as it is at its present length"
       )
     parameters = _as_longrope(rope)
-    maximum = max(rope.context, rope.original_context)
+  elif parameters["rope_type"] in ("yarn", "longrope"):
+    # What the factor reaches: a longer context is tried out, not made for.
+    maximum = min(maximum, math.ceil(parameters["factor"] * rope.original_context))
   elif parameters["rope_type"] in ("linear", "dynamic"):
     maximum = rope.original_context  # what these two extend
   if rope.rotary_dim != rope.head_dim:
@@ -156,40 +183,42 @@ def to_hf(rope: Rope, *, freeze: bool = False) -> dict:
 
 def _native(rope: Rope) -> dict | None:
   """rope_parameters of Hugging Face's own type for this rope, or None if there is none."""
-  # A larger base is no type of its own: abf has changed rope.theta already.
-  history = [(name, o) for name, o in rope.history if name not in ("abf", "none")]
-  theta = rope.theta
+  history, theta = list(rope.history), rope.theta
+  while history and history[0][0] == "abf":  # a larger base is no type of its own
+    history.pop(0)
   if not history:
     return dict(rope_type="default", rope_theta=theta)
   if len(history) > 1:
     return None
   (name, o), L = history[0], rope.original_context
   original = dict(original_max_position_embeddings=L)
-  if name in ("ntk", "ntk_critical"):
+  if name in ("ntk", "ntk_critical") and len(rope.inv_freq) > 1:
     # inv_freq_1 = theta'^(-2/d), whatever the method: the new base is read off.
     return dict(rope_type="default", rope_theta=float(rope.inv_freq[1] ** (-rope.rotary_dim / 2)))
   if name == "pi":
-    return dict(rope_type="linear", rope_theta=theta, factor=o["factor"])
+    return dict(rope_type="linear", rope_theta=theta, factor=float(o["factor"]))
   if name == "dynamic_ntk":
-    return dict(rope_type="dynamic", rope_theta=theta, factor=o["factor"])
+    return dict(rope_type="dynamic", rope_theta=theta, factor=float(o["factor"]))
   if name == "llama3":
     names = ("factor", "low_freq_factor", "high_freq_factor")
-    return dict(rope_type="llama3", rope_theta=theta, **original, **{k: o[k] for k in names})
+    return dict(rope_type="llama3", rope_theta=theta, **original, **{k: float(o[k]) for k in names})
   if name == "proportional":
     return dict(
       rope_type="proportional",
       rope_theta=theta,
       partial_rotary_factor=o["proportion"],
-      **({"factor": o["factor"]} if o["factor"] != 1 else {}),
+      **({"factor": float(o["factor"])} if o["factor"] != 1 else {}),
     )
   if name == "yarn" and o["ramp"] == "dim":
-    out = dict(rope_type="yarn", rope_theta=theta, factor=o["factor"], **original)
+    out = dict(rope_type="yarn", rope_theta=theta, factor=float(o["factor"]), **original)
     defaults = dict(beta_fast=32.0, beta_slow=1.0, truncate=True, attention_factor=None)
     defaults |= dict(mscale=None, mscale_all_dim=None)
     return out | {k: o[k] for k, v in defaults.items() if o[k] != v}
   if name in ("longrope", "longrope2") and o["long_factor"].ndim == o["short_factor"].ndim == 1:
     lists = {k: o[k].tolist() for k in ("short_factor", "long_factor")}
-    out = dict(rope_type="longrope", rope_theta=theta, factor=o["factor"], **original, **lists)
+    out = dict(
+      rope_type="longrope", rope_theta=theta, factor=float(o["factor"]), **original, **lists
+    )
     return out if o["attention"] == "su" else out | dict(attention_factor=rope.attention_scale)
   return None
 
@@ -209,25 +238,33 @@ def _as_longrope(rope: Rope) -> dict:
   )
 
 
-def _parameters(config: dict) -> dict:
+def _parameters(config: dict, layer_type: str | None) -> dict:
   """One flat dict with rope_type and rope_theta, from either generation of keys."""
   newer, older = config.get("rope_parameters"), config.get("rope_scaling")
   if newer and older and newer != older:
     raise ValueError("rope_parameters and rope_scaling are both given and differ")
-  out = dict(newer or older or {})
-  if any(isinstance(v, dict) for v in out.values()):
-    raise ValueError(
-      f"rope_parameters: a rope for each type of layer ({', '.join(out)}) is not supported"
-    )
-  kinds = [out.pop(k) for k in ("rope_type", "type") if out.get(k) is not None]
+  out = newer or older or {}
+  if not isinstance(out, dict):
+    raise ValueError(f"rope_parameters={out!r} must be an object")
+  by_layer = [k for k, v in out.items() if isinstance(v, dict)]
+  if by_layer or layer_type:
+    if layer_type not in by_layer:
+      raise ValueError(
+        f"rope_parameters: layer_type={layer_type!r} must be one of the types of layer that have a "
+        f"rope of their own: {', '.join(by_layer) or 'none'}"
+      )
+    out = out[layer_type]
+  out = {k: v for k, v in out.items() if k not in _WITHOUT_EFFECT}
+  kinds = [str(out.pop(k)) for k in ("rope_type", "type") if out.get(k) is not None]
   out = {k: v for k, v in out.items() if k not in ("rope_type", "type")}
   if len(set(kinds)) > 1:
     raise ValueError(f"rope_parameters: rope_type={kinds[0]!r} and type={kinds[1]!r} differ")
   kind = kinds[0] if kinds else "default"
   if not kinds and set(out) - {"rope_theta", "partial_rotary_factor"}:
     raise ValueError(f"rope_parameters has {sorted(out)} and no rope_type: it would be ignored")
-  kind = "longrope" if kind == "su" else kind  # Phi-3's first name for it
-  if kind not in _KEYS:
+  if kind == "su" or (kind == "yarn" and "long_factor" in out):
+    kind = "longrope"  # Phi-3's first names for it
+  if not isinstance(kind, str) or kind not in _KEYS:
     raise ValueError(f"rope_parameters.rope_type={kind!r}: expected one of {', '.join(_KEYS)}")
   for key, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", None)):
     inside, outside = out.get(key), config.get(key)
@@ -259,10 +296,8 @@ def _check_lengths(kind, factor, original, maximum, parameters) -> None:
       f"original_max_position_embeddings={original}: rope_type 'dynamic' extends "
       f"max_position_embeddings={maximum} and has no other original length"
     )
-  states_both = kind in ("yarn", "longrope") and parameters.get("factor") is not None
-  # Some configs keep the original length as the maximum; anything between is a mistake.
-  told = maximum == original or math.isclose(maximum, factor * original, rel_tol=0.01)
-  if states_both and not told:
+  # A maximum below what the factor reaches is common (the original length, or what was tested).
+  if kind in ("yarn", "longrope") and maximum > factor * original + 1:
     raise ValueError(
       f"rope_parameters.factor={factor} and max_position_embeddings={maximum} disagree: "
       f"{factor:g} times original_max_position_embeddings={original} is {factor * original:g}"
@@ -281,6 +316,13 @@ def _number(key: str, value) -> float:
   if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
     raise ValueError(f"{key}={value!r} must be a number")
   return value
+
+
+def _list(key: str, value) -> None:
+  if not isinstance(value, list | tuple) or not value:
+    raise ValueError(f"{key}={value!r} must be a list of numbers")
+  for x in value:
+    _number(f"{key}: a factor", x)
 
 
 def _whole(key: str, value) -> int:

@@ -44,7 +44,9 @@ def fope(
 
   Source: Hua et al. (arXiv 2412.17739), TsinghuaC3I/Fourier-Position-Embedding.
   """
-  if not gain >= 0:
+  if seed < 0:
+    raise ValueError(f"fope.seed must be 0 or positive, got {seed}")
+  if not 0 <= gain < math.inf:
     raise ValueError(f"fope.gain must be 0 or positive, got {gain}")
   if dropped not in ("zero", "one"):
     raise ValueError(f"fope.dropped must be 'zero' or 'one', got {dropped!r}")

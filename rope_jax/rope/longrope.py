@@ -79,7 +79,7 @@ def longrope2(
   c = critical or critical_pair(rope)
   if not 0 < c < pairs:
     raise ValueError(f"longrope2.critical must be from 1 to {pairs - 1}, got {c}")
-  above = np.asarray(tail or [factor] * (pairs - c), np.float64)
+  above = np.asarray(tail if len(tail) else [factor] * (pairs - c), np.float64)
   if above.shape != (pairs - c,):
     raise ValueError(
       f"longrope2.tail must have {pairs - c} factors, for pairs {c} to {pairs - 1}, "
@@ -134,7 +134,7 @@ def _by_length(
 
 def _factors(rope: Rope, key: str, factors, default: float | None = None) -> np.ndarray:
   pairs = rope.rotary_dim // 2
-  if not len(factors) and default is not None:
+  if default is not None and not np.size(factors):
     return np.full(pairs, default)
   try:
     out = np.asarray(factors, np.float64)
@@ -152,6 +152,8 @@ def _factors(rope: Rope, key: str, factors, default: float | None = None) -> np.
 
 def _attention(rope: Rope, name: str, policy, factor: float) -> float:
   if policy == "su":
+    if rope.original_context < 2:
+      raise ValueError(f"{name}.attention='su' needs an original_context above 1 token")
     return math.sqrt(1 + math.log(factor) / math.log(rope.original_context)) if factor > 1 else 1.0
   if policy == "yarn":
     return temperature(factor)

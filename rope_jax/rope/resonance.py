@@ -34,6 +34,8 @@ def critical_pair(rope: Rope) -> int:
   Pairs before it ('pre-critical') are seen at every angle in training. 46 of 64 for Llama-2.
   Source: Liu et al. (arXiv 2310.05209); section 3.2 of the Resonance paper.
   """
+  if rope.inv_freq.ndim > 1:
+    raise ValueError("critical_pair: frequencies differ by layer or head; take one row")
   return int(np.sum(rope.wavelengths < rope.original_context))
 
 
@@ -66,6 +68,8 @@ def feature_gap(rope: Rope, length: int) -> np.ndarray:
     ValueError: if length does not go past the original context.
   """
   L = rope.original_context
+  if rope.inv_freq.ndim > 1:
+    raise ValueError("feature_gap: frequencies differ by layer or head; take one row")
   if length <= L:
     raise ValueError(f"feature_gap: length must be above original_context={L}, got {length}")
   period = np.zeros(len(rope.inv_freq)) if rope.period is None else rope.period

@@ -76,7 +76,7 @@ class Rope:
     """The transform that stretched this rope past its original context, if one has."""
     found = None
     for name, options in self.history:
-      if options.get("factor", 1) > 1 or "seq_len" in options:
+      if options.get("factor", 1) > 1 or "seq_len" in options or options.get("extended"):
         found = name
       elif name == "rebase":
         found = None
@@ -95,8 +95,7 @@ class Rope:
       ValueError: if a frequency is negative or not finite, their number differs, the rope is
         stretched already, or it has been through jit.
     """
-    if self.theta is None:
-      raise ValueError(f"{name}: transforms run on the host, before jit; this rope came out of jit")
+    self.require_host(name)
     inv_freq = np.asarray(inv_freq, np.float64)
     if not np.all(np.isfinite(inv_freq)) or np.any(inv_freq < 0):
       raise ValueError(f"{name}: frequencies must be finite and not negative, got {inv_freq}")
@@ -117,6 +116,11 @@ class Rope:
       period=None,
       turns=None,
     )
+
+  def require_host(self, name: str) -> None:
+    """Raises ValueError if this rope has been through jit."""
+    if self.theta is None:
+      raise ValueError(f"{name}: transforms run on the host, before jit; this rope came out of jit")
 
   def refuse_twice(self, name: str) -> None:
     """Raises ValueError if this rope is stretched already, before `name` does it again."""
@@ -192,7 +196,10 @@ def rebase(rope: Rope, original_context: int | None = None) -> Rope:
     rope: as the model has it.
     original_context: tokens that the model was trained on; `rope.context` if None.
   """
-  length = int(original_context or rope.context)
+  rope.require_host("rebase")
+  length = rope.context if original_context is None else int(original_context)
+  if length < 1:
+    raise ValueError(f"rebase: original_context must be at least 1 token, got {original_context}")
   history = (*rope.history, ("rebase", dict(original_context=length)))
   return dataclasses.replace(rope, original_context=length, context=length, history=history)
 
@@ -212,8 +219,16 @@ def stack(ropes: list[Rope], axis: str = "layer") -> Rope:
   """
   if axis not in ("layer", "head"):
     raise ValueError(f"axis must be 'layer' or 'head', got {axis!r}")
+  if not ropes:
+    raise ValueError("stack: no ropes given")
   first = ropes[0]
   for r in ropes:
+    r.require_host("stack")
+    for key in ("theta", "original_context", "head_dim"):
+      if getattr(r, key) != getattr(first, key):
+        raise ValueError(
+          f"stack: {key} is {getattr(r, key)} and {getattr(first, key)}: the ropes are not alike"
+        )
     if r.inv_freq.shape != first.inv_freq.shape or r.inv_freq.ndim != 1:
       raise ValueError(f"stack: shapes {r.inv_freq.shape} and {first.inv_freq.shape}: not alike")
     if any(x is not None for x in (r.short, r.start_tokens, r.mix, r.time)):
@@ -226,7 +241,7 @@ def stack(ropes: list[Rope], axis: str = "layer") -> Rope:
     attention_scale=np.array([r.attention_scale for r in ropes], np.float64).reshape(lead),
     period=np.stack(periods).reshape(*lead, -1),
     context=max(r.context for r in ropes),
-    history=(("stack", dict(axis=axis, of=[r.history for r in ropes])),),
+    history=(("stack", dict(axis=axis, extended=any(r.extended_by for r in ropes))),),
   )
 
 
@@ -275,15 +290,15 @@ def cos_sin(
   Pairs with a period (`resonance`) repeat bit for bit: positions are reduced modulo it first.
 
   Args:
-    rope: frequencies, of shape [..., pairs].
+    rope: frequencies [pairs], [1, heads, pairs], or with an axis of layers, which goes the same way
+      as heads (a model takes one layer at a time, see `per_layer`).
     positions: [...] int32 token positions, not negative.
     fractions: [...] float32 in [0, 1), added to positions (E2-LLM, CLEX); none if None.
     short: [...] bool, tokens that get `rope.short` instead.
 
   Returns:
-    cos, sin: float32 of the shape of positions, then of inv_freq ([tokens, pairs] if it has no
-    leading axes, [tokens, heads, pairs] with a heads axis). Differentiable with respect to
-    `rope.inv_freq`.
+    cos, sin: float32 [..., pairs], or [..., heads, pairs] with frequencies by head. Differentiable
+    with respect to `rope.inv_freq`.
 
   Raises:
     ValueError: if positions are not integers (a float or bf16 position is already wrong), the
@@ -292,6 +307,8 @@ def cos_sin(
   positions = jnp.asarray(positions)
   if not jnp.issubdtype(positions.dtype, jnp.integer):
     raise ValueError(f"positions must be integers, got {positions.dtype}")
+  if rope.inv_freq.ndim == 3 and rope.inv_freq.shape[0] == 1:
+    rope = jax.tree.map(lambda x: x[0], per_layer(rope, 1))
   cos, sin = _cos_sin(rope, positions, fractions)
   if short is not None and rope.short is None:
     raise ValueError("tokens are marked short, but this rope has no rope.short")

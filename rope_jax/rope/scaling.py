@@ -61,7 +61,7 @@ def ntk_mixed(rope: Rope, factor: float, *, b: float = 0.625) -> Rope:
   0.625 is the example of that article.
   """
   check_factor("ntk_mixed", factor)
-  if not b > 0:
+  if not 0 < b < math.inf:
     raise ValueError(f"ntk_mixed.b must be positive, got {b}")
   half = rope.rotary_dim // 2
   inv_freq = rope.inv_freq * factor ** -((np.arange(1, half + 1) / half) ** b)
@@ -156,6 +156,9 @@ def yarn(
   """
   check_factor("yarn", factor)
   inv_freq = _by_parts(rope, factor, "yarn", ramp, beta_fast, beta_slow, truncate)
+  for key, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
+    if value is not None and not 0 <= value < math.inf:
+      raise ValueError(f"yarn.{key} must be 0 (off) or positive, got {value}")
   if bool(mscale) != bool(mscale_all_dim):
     raise ValueError(
       f"yarn.mscale={mscale} and yarn.mscale_all_dim={mscale_all_dim} only work together"
@@ -223,7 +226,8 @@ def llama3(
   between them the blend is linear in r. Source: meta-llama, Hugging Face 'llama3'.
   """
   check_factor("llama3", factor)
-  if not 0 < low_freq_factor < high_freq_factor:
+  rope.require_host("llama3")
+  if not 0 < low_freq_factor < high_freq_factor < math.inf:
     raise ValueError(
       "llama3 needs 0 < low_freq_factor < high_freq_factor, got "
       f"low_freq_factor={low_freq_factor}, high_freq_factor={high_freq_factor}"
@@ -236,8 +240,8 @@ def llama3(
 
 def check_factor(name: str, factor: float) -> None:
   """Raises ValueError, naming the method, for a factor below 1 or not finite."""
-  if not (math.isfinite(factor) and factor >= 1):
-    raise ValueError(f"{name}: factor must be finite and at least 1, got {factor}")
+  if not isinstance(factor, (int, float, np.number)) or not (math.isfinite(factor) and factor >= 1):
+    raise ValueError(f"{name}: factor must be finite and at least 1, got {factor!r}")
 
 
 def check_length(name: str, seq_len: int) -> None:
@@ -265,7 +269,8 @@ def _blend(rope: Rope, factor: float, keep: np.ndarray) -> np.ndarray:
 
 
 def _by_parts(rope, factor, name, ramp, beta_fast, beta_slow, truncate) -> np.ndarray:
-  if not 0 < beta_slow < beta_fast:
+  rope.require_host(name)
+  if not 0 < beta_slow < beta_fast < math.inf:
     raise ValueError(
       f"{name} needs 0 < beta_slow < beta_fast, got beta_slow={beta_slow}, beta_fast={beta_fast}"
     )

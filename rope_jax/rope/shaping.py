@@ -33,7 +33,7 @@ def power(rope: Rope, *, exponent: float = 0.1) -> Rope:
   Source: Pal et al. (arXiv 2308.10882), abacusai/Long-Context `interpolate.py` (`scale_power`),
   where k = 0 turns it off. The default is ours; no published one was found.
   """
-  if not exponent >= 0:
+  if not 0 <= exponent < math.inf:
     raise ValueError(f"power.exponent must be 0 (off) or positive, got {exponent}")
   half = rope.rotary_dim // 2
   shape = (1 - np.arange(half) / half) ** exponent
@@ -105,7 +105,7 @@ def hope(rope: Rope, *, rotations: float = 1.0) -> Rope:
   al. (arXiv 2410.21216), from its abstract and secondary accounts: no code was found, and the
   paper picks the first 'activated' pair by experiment where this takes a number of turns.
   """
-  if not rotations > 0:
+  if not 0 < rotations < math.inf:
     raise ValueError(f"hope.rotations must be positive, got {rotations}")
   turns = rope.original_context * rope.inv_freq / TWO_PI
   return rope.apply("hope", np.where(turns < rotations, 0.0, rope.inv_freq), rotations=rotations)

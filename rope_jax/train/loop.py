@@ -54,6 +54,7 @@ def train(c, workdir: str) -> dict:
   store = tokens.tokenize(documents, text, directory, append_eos=c.data.append_eos)
   evals.check(c, text)
   facts = dict(text=documents.fingerprint, tokenizer=text.fingerprint)
+  facts |= dict(factors=resolve.fingerprint(c))
   config_lib.check_workdir(c, workdir, **facts)
   length = config_lib.train_length(c)
   arrange = Arrange(
@@ -87,7 +88,7 @@ def train(c, workdir: str) -> dict:
 
   # ---- All that could be wrong has been found: the directory is ours.
   config_lib.write(c, workdir, **facts)
-  config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c, length))
+  config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c, r=rope))
 
   # ---- Resume: the newest whole checkpoint of this run, if there is one.
   checkpoints = Checkpoints(workdir, keep=c.checkpoint.keep)
@@ -186,7 +187,9 @@ def evaluate(c, workdir: str) -> dict:
   """
   _refuse_several_processes()
   has_run = c.train.steps and os.path.exists(os.path.join(workdir, config_lib.RUN_FILE))
-  config_lib.check_workdir(c, workdir, free=("rope.context", "rope.factor"))
+  config_lib.check_workdir(
+    c, workdir, free=("rope.context", "rope.factor"), factors=resolve.fingerprint(c)
+  )
   rows = max([e.batch_size for e in c.evals.values()], default=1)
   mesh = sharding.make_mesh(c.mesh, rows, must_divide=False)
   text = load_tokenizer(c, workdir)

@@ -42,6 +42,11 @@ def initial_variables(c, mesh, workdir: str) -> dict:
     else:
       given["params"] = load.load_params(path, placed["params"], _put)
   for name in given:
+    if name not in abstract:
+      raise ValueError(
+        f"config.init_from={c.init_from!r}: the run has parameters {name!r} that this config has "
+        "no place for"
+      )
     _check_same(c, abstract[name], given[name])
   names = [name for name in abstract if name not in given]
   # Only these are computed: the rest of the initialisation is dead code to the compiler.
@@ -63,10 +68,16 @@ def check_init(c, workdir: str) -> None:
     return
   # What shapes do not tell: settings under which the weights of that run have a meaning.
   source = config_lib.read(path)
-  keys = ["rope.theta", "model.norm_eps"]
+  keys = ["rope.theta", "rope.partial_rotary_factor", "model.norm_eps"]
+  if source.rope.scaling != "none" or source.rope.resonance:
+    # It was trained with that rope: another method would start from the plain base again.
+    keys += ["rope.scaling", "rope.resonance", "rope.original_context"]
   if source.lora.rank or source.rope.phase != "none":
-    keys += ["lora.rank", "lora.alpha", "rope.phase", "rope.psc.calibration"]
-    keys += ["rope.psc.share", "rope.psc_rotation.share", "rope.psc_rotation.bound"]
+    keys += ["lora.rank", "lora.alpha", "rope.phase"]
+  learned = [
+    n for n in (source.rope.phase, source.rope.scaling) if n in ("clex", *resolve.PHASES[1:])
+  ]
+  keys += [f"rope.{n}.{key}" for n in learned for key in source.rope[n] if key != "init"]
   for key in keys:
     ours, theirs = c, source
     for part in key.split("."):

@@ -66,7 +66,7 @@ def _check_own_rope(c, own) -> None:
   for key, theirs in options.items():
     if key == "factor":
       values.append((key, resolve.factor(c), theirs))
-    elif c.rope.scaling == scaling and key in c.rope[scaling] and scaling != "longrope":
+    elif c.rope.scaling == scaling and key in c.rope.get(scaling, {}) and scaling != "longrope":
       values.append((f"{scaling}.{key}", c.rope[scaling][key], theirs))
   for key, ours, theirs in values:
     if ours != theirs:
@@ -75,7 +75,7 @@ def _check_own_rope(c, own) -> None:
         "which would be lost"
       )
   ours = resolve.rope(c, own.original_context)  # the lists of longrope, from wherever they come
-  same = np.allclose(ours.inv_freq, own.inv_freq, rtol=1e-6, atol=0)
+  same = np.allclose(ours.inv_freq, own.inv_freq, rtol=1e-6, atol=1e-20)
   if scaling == "longrope":
     same &= np.allclose(ours.history[0][1]["long_factor"], options["long_factor"], rtol=1e-6)
   if not (same and math.isclose(ours.attention_scale, own.attention_scale, rel_tol=1e-6)):
