@@ -43,6 +43,9 @@ def base() -> ConfigDict:
   c.rope.context = 4096  # target tokens
   c.rope.factor = placeholder(float)  # context / original_context unless given
   c.rope.partial_rotary_factor = 1.0  # share of the channels of a head that is rotated
+  # 'plain', or 'checkpoint': the rope that init_from was itself made or extended with (Llama 3.1)
+  # comes first, and original_context is the context that it reaches.
+  c.rope.base = "plain"
   c.rope.scaling = "none"  # docs/methods.md lists them
   c.rope.resonance = False
   c.rope.phase = "none"  # 'none', 'psc' or 'psc_rotation'

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import json
+import os
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,6 +14,7 @@ from ml_collections import ConfigDict
 from rope_jax import config, factors
 from rope_jax import rope as rope_lib
 from rope_jax.errors import check, choice
+from rope_jax.weights import locate
 
 PHASES = ("none", "psc", "psc_rotation")
 
@@ -50,10 +53,10 @@ def rope(c: ConfigDict, seq_len: int | None = None) -> rope_lib.Rope:
 
 
 def base(c: ConfigDict) -> rope_lib.Rope:
-  """The rope that the base model was trained with."""
+  """The rope that the base model was trained with: plain, or scaled by its checkpoint's own."""
   r = c.rope
   try:
-    return rope_lib.base(
+    plain = rope_lib.base(
       head_dim=c.model.head_dim,
       theta=r.theta,
       original_context=r.original_context,
@@ -61,6 +64,39 @@ def base(c: ConfigDict) -> rope_lib.Rope:
     )
   except ValueError as error:
     raise ValueError(f"config.rope: {error}") from None
+  return plain if r.base == "plain" else rope_lib.rebase(_own_rope(c, plain))
+
+
+def _own_rope(c: ConfigDict, plain: rope_lib.Rope) -> rope_lib.Rope:
+  """The rope of config.init_from, which must agree with what the config says of its base."""
+  kind, path = ("", "")
+  if c.init_from and not c.init_from.startswith("run:"):
+    try:
+      kind, path = locate(c.init_from)
+    except ValueError as error:
+      raise ValueError(f"config.init_from={c.init_from!r}: {error}") from None
+  check(kind in ("hf", "run"), "rope.base", c.rope.base,
+        "'plain' unless init_from is a Hugging Face directory or the workdir of a run")  # fmt: skip
+  if kind == "run":
+    own = rope(config.read(path))
+  else:
+    with open(os.path.join(path, "config.json")) as f:
+      hf = json.load(f)
+    try:
+      own = rope_lib.from_hf(hf)
+    except ValueError as error:
+      raise ValueError(f"config.init_from={c.init_from!r}: {error}") from error
+  dependent = [name for name, options in own.history if "seq_len" in options]
+  check(not dependent, "rope.base", c.rope.base,
+        f"'plain': {c.init_from} depends on the length, by {dependent}")  # fmt: skip
+  for key, ours, theirs in (
+    ("theta", c.rope.theta, own.theta),
+    ("original_context", c.rope.original_context, own.context),
+    ("partial_rotary_factor", plain.rotary_dim, own.rotary_dim),
+  ):
+    check(ours == theirs, f"rope.{key}", c.rope[key],
+          f"{theirs}, as the rope of {c.init_from} has it")  # fmt: skip
+  return own
 
 
 def training_rope(c: ConfigDict, time: int = 1) -> rope_lib.Rope:
@@ -162,6 +198,7 @@ def _from_file(c: ConfigDict) -> dict:
 def _validate(c: ConfigDict) -> None:
   r = c.rope
   choice("rope.scaling", r.scaling, rope_lib.SCALINGS)
+  choice("rope.base", r.base, ("plain", "checkpoint"))
   choice("rope.phase", r.phase, PHASES)
   choice("rope.psc.calibration", r.psc.calibration, ("pre", "post"))
   for phase in PHASES[1:]:

@@ -31,6 +31,14 @@ def test_histogram_equals_its_definition():
       rope.angle_histogram(r, **bad)
 
 
+def test_whole_wavelengths_fill_whole_bins():
+  """Exactly, where products of floats would fall on either side of an edge."""
+  h = rope.angle_histogram(rope.resonance(LLAMA2), 3600)
+  for pair, wavelength in ((0, 6), (2, 8), (3, 10), (8, 20)):
+    assert np.count_nonzero(h[pair]) == wavelength
+    np.testing.assert_allclose(h[pair][h[pair] > 0], 1 / wavelength, atol=1e-3)
+
+
 def test_selected_pairs_are_the_published_ones():
   by_dims = {
     (2, 80): "2 4-6 9 10 17 28 30 32-44 46-63",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rope_jax import config, rope, weights
+from rope_jax import config, resolve, rope, weights
 from rope_jax.model.config import ModelConfig
 from rope_jax.model.llama import Llama, unembedding
 from rope_jax.weights import load
@@ -28,11 +28,17 @@ def hf_model(tie=False, **options):
     num_attention_heads=4,
     num_key_value_heads=2,
     intermediate_size=48,
-    max_position_embeddings=64,
     tie_word_embeddings=tie,
     rms_norm_eps=1e-5,
     initializer_range=0.3,
-    **{**dict(head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=5000.0)), **options},
+    **{
+      **dict(
+        head_dim=8,
+        max_position_embeddings=64,
+        rope_parameters=dict(rope_type="default", rope_theta=5000.0),
+      ),
+      **options,
+    },
   )
   return LlamaForCausalLM(hf).eval().float()
 
@@ -44,9 +50,9 @@ def hf_logits(model, tokens):
     return model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.numpy()
 
 
-def our_logits(path, tokens):
+def our_logits(path, tokens, r=None):
   source = open_source(path)
-  m, r = Llama(ModelConfig(**source.hyperparameters, block_q=8, block_k=8)), source.rope
+  m, r = Llama(ModelConfig(**source.hyperparameters, block_q=8, block_k=8)), r or source.rope
   abstract = jax.eval_shape(lambda: m.init(jax.random.key(0), jnp.zeros((1, 8), int), r))
   params = load.load_params(path, abstract["params"], lambda leaf, x: jnp.asarray(x))
   shapes = [
@@ -182,6 +188,55 @@ def test_a_checkpoint_with_a_rope_of_its_own_loses_nothing_of_it(
     load.check(checkpoint_config(tmp_path, **same))
   with pytest.raises(ValueError, match=message):
     load.check(checkpoint_config(tmp_path, **(same | change)))
+
+
+def test_a_dynamic_rope_of_its_own_is_compared_too(tmp_path):
+  parameters = dict(rope_type="dynamic", rope_theta=5000.0, factor=2.0)
+  hf_model(rope_parameters=parameters).save_pretrained(tmp_path)
+  same = dict(rope__scaling="dynamic_ntk", rope__factor=2.0, rope__context=128)
+  load.check(checkpoint_config(tmp_path, **same))
+  with pytest.raises(ValueError, match="config.rope.factor=4.0.*2.0"):
+    load.check(checkpoint_config(tmp_path, **(same | dict(rope__factor=4.0))))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_exported_lists_are_loaded_again(tmp_path, zeros):
+  base = rope.base(head_dim=8, theta=5000.0, original_context=32)
+  made = rope.hope(base) if zeros else rope.resonance(rope.yarn(base, 2.0))
+  exported = rope.to_hf(made)
+  hf_model(**exported).save_pretrained(tmp_path)
+  p = exported["rope_parameters"]
+  c = checkpoint_config(tmp_path, rope__scaling="longrope", rope__original_context=32)
+  c.rope.longrope.attention = str(p["attention_factor"])
+  c.rope.longrope.update({k: tuple(p[k]) for k in ("short_factor", "long_factor")})
+  c.rope.factor = 1.0 if zeros else None
+  load.check(c)
+  c.rope.longrope.long_factor = (2.0,) * 4
+  with pytest.raises(ValueError, match="would be lost"):
+    load.check(c)
+
+
+def test_a_scaled_checkpoint_is_extended_further_and_runs_in_transformers(tmp_path):
+  """YaRN over the llama3 rope of a checkpoint: the export gives the same logits there."""
+  llama3 = dict(rope_type="llama3", rope_theta=5000.0, factor=4.0, low_freq_factor=1.0,
+                high_freq_factor=4.0, original_max_position_embeddings=16)  # fmt: skip
+  hf_model(rope_parameters=llama3).save_pretrained(tmp_path)
+  c = checkpoint_config(tmp_path, rope__base="checkpoint", rope__scaling="yarn", rope__context=128)
+  load.check(c)
+  r = resolve.rope(c)
+  own = rope.from_hf(json.loads((tmp_path / "config.json").read_text()))
+  np.testing.assert_array_equal(r.inv_freq, rope.yarn(rope.rebase(own), 2.0).inv_freq)
+  exported = hf_model(**rope.to_hf(r))
+  tokens = tiny.tokens(2, 30)
+  np.testing.assert_allclose(
+    our_logits(str(tmp_path), tokens, r), hf_logits(exported, tokens), atol=1e-4
+  )
+  before = hf_logits(hf_model(rope_parameters=llama3), tokens)
+  assert np.abs(hf_logits(exported, tokens) - before).max() > 1e-2
+  with pytest.raises(ValueError, match="base='checkpoint' keeps it"):
+    load.check(checkpoint_config(tmp_path, rope__scaling="yarn", rope__context=128))
+  with pytest.raises(ValueError, match="rope.original_context=32.*64"):
+    load.check(checkpoint_config(tmp_path, rope__base="checkpoint", rope__original_context=32))
 
 
 @pytest.mark.parametrize("older", ["rope_scaling", "rope_theta"])

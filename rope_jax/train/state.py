@@ -68,10 +68,12 @@ def check_init(c, workdir: str) -> None:
     return
   # What shapes do not tell: settings under which the weights of that run have a meaning.
   source = config_lib.read(path)
-  keys = ["rope.theta", "rope.partial_rotary_factor", "model.norm_eps"]
-  if source.rope.scaling != "none" or source.rope.resonance:
+  keys = ["rope.partial_rotary_factor", "model.norm_eps"]
+  keys += ["rope.theta"] if c.rope.base == "plain" else []
+  scaled = source.rope.scaling != "none" or source.rope.resonance or source.rope.base != "plain"
+  if scaled and c.rope.base == "plain":
     # It was trained with that rope: another method would start from the plain base again.
-    keys += ["rope.scaling", "rope.resonance", "rope.original_context"]
+    keys += ["rope.base", "rope.scaling", "rope.resonance", "rope.original_context"]
   if source.lora.rank or source.rope.phase != "none":
     keys += ["lora.rank", "lora.alpha", "rope.phase"]
   learned = [

@@ -46,7 +46,9 @@ def check(c) -> None:
   for key, value in (("theta", own.theta), ("partial_rotary_factor", partial)):
     if not math.isclose(c.rope[key], value, rel_tol=1e-6):
       raise ValueError(f"config.rope.{key}={c.rope[key]!r}: {c.init_from} has {value!r}")
-  if own.history:
+  if c.rope.base == "checkpoint":
+    resolve.base(c)  # compares them
+  elif own.history:
     _check_own_rope(c, own)
   elif c.rope.original_context != own.original_context:
     raise ValueError(
@@ -72,7 +74,7 @@ def _check_own_rope(c, own) -> None:
     if ours != theirs:
       raise ValueError(
         f"config.rope.{key}={ours!r}: {c.init_from} has a rope of its own with {theirs!r}, "
-        "which would be lost"
+        "which would be lost; config.rope.base='checkpoint' keeps it and starts from it"
       )
   ours = resolve.rope(c, own.original_context)  # the lists of longrope, from wherever they come
   same = np.allclose(ours.inv_freq, own.inv_freq, rtol=1e-6, atol=1e-20)
