@@ -26,6 +26,21 @@ def test_resonance_over_yarn_has_the_released_wavelengths():
   )
 
 
+@pytest.mark.parametrize("case", GOLDEN["dprope"], ids=lambda c: str(c["bins"]))
+def test_dprope_chooses_as_released(case):
+  base, s = rope.base(**case["shape"]), case["factor"]
+  options = dict(bins=case["bins"], reduction="mean")  # the release's direction is the default
+  length = s * case["shape"]["original_context"]
+  for r, released in zip((base, rope.pi(base, s)), case["similarity"]):
+    ours = rope.disturbance(r, base, length, **options)
+    np.testing.assert_allclose(ours, released, rtol=0.02, atol=2e-6)
+  chosen = rope.dprope(base, s, **options).inv_freq != base.inv_freq
+  gap = np.abs(np.subtract(*case["similarity"]))
+  clear = gap > 0.02 * np.max(case["similarity"], axis=0) + 4e-6  # float32 decides the others
+  assert clear.sum() >= 12 and 0 < chosen.sum() < 16
+  np.testing.assert_array_equal(chosen[clear], np.array(case["interpolated"], bool)[clear])
+
+
 @pytest.mark.parametrize("case", GOLDEN["clex"], ids=lambda c: c["activation"])
 def test_clex_equals_the_released_dynamics_at_every_length(case):
   pairs = case["head_dim"] // 2
