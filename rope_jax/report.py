@@ -12,6 +12,7 @@ def rope_line(c, seq_len: int | None = None) -> str:
   r = resolve.describe(c, seq_len)
   line = "rope: untouched" if r["scaling"] == "none" else f"rope: {r['scaling']}"
   line += f" x{r['factor']:g}" if r["factor"] != 1 else ""
+  line += " over the checkpoint's own" if r["base"] == "checkpoint" else ""
   line += ", resonance" if r["resonance"] else ""
   line += f", phase {r['phase']}" if r["phase"] != "none" else ""
   line += f", at {r['seq_len']:,} tokens" if "seq_len" in r else ""

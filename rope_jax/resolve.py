@@ -140,6 +140,7 @@ def describe(c: ConfigDict, seq_len: int | None = None, r: rope_lib.Rope | None 
   r = rope(c, length) if r is None else r
   parameters = inspect.signature(rope_lib.SCALINGS[c.rope.scaling]).parameters
   out = dict(
+    base=c.rope.base,
     scaling=c.rope.scaling,
     factor=float(factor(c)) if {"factor", "seq_len"} & set(parameters) else 1.0,
     resonance=c.rope.resonance,
