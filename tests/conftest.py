@@ -24,4 +24,4 @@ def _caches(monkeypatch, tmp_path_factory):
 
 def pytest_collection_modifyitems(items):
   """Slow tests first, so that no worker is left with one at the end."""
-  items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+  items.sort(key=lambda item: not any(item.get_closest_marker(m) for m in ("long", "slow")))

@@ -135,6 +135,7 @@ def test_exported_ropes_give_the_same_logits_in_unmodified_transformers(method):
   assert run._cache_size() == 1
 
 
+@pytest.mark.long
 def test_perplexity_of_16k_tokens_equals_transformers(tmp_path):
   import torch
 
@@ -175,6 +176,7 @@ def test_says_paris():
   assert "Paris" in t.decode(tokens[start:])
 
 
+@pytest.mark.long
 def test_training_lora_and_psc_lowers_the_held_out_loss(tmp_path):
   c = smollm2("pi")
   c.rope.phase = "psc"
