@@ -151,6 +151,7 @@ def test_every_static_method_can_be_exported(method):
       rope.to_hf(r)
   back = rope.from_hf(rope.to_hf(r, freeze=freeze), seq_len=4 * L)
   np.testing.assert_allclose(back.inv_freq, r.inv_freq, rtol=1e-9, atol=1e-29)
+  np.testing.assert_array_equal(back.inv_freq == 0, r.inv_freq == 0)
   np.testing.assert_allclose(back.attention_scale, r.attention_scale, rtol=1e-9)
 
 

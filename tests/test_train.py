@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,3 +237,14 @@ def test_fractions_of_positions_reach_the_loss():
   base = tiny.base_rope()
   np.testing.assert_allclose(loss(quarters, base), loss(b, rope.pi(base, 4.0)), rtol=1e-5)
   assert abs(loss(quarters, base) / loss(b, base) - 1) > 1e-3
+
+
+def test_marks_of_short_segments_reach_the_loss():
+  m, b = tiny.model(), batch()
+  v, base = tiny.variables(m), tiny.base_rope()
+  yarn = rope.yarn(base, 4.0)
+  both = dataclasses.replace(yarn, short=base)
+  loss = jax.jit(lambda b, r: step_lib.batch_loss(m, v, b, r, 16))
+  for mark, expected in ((True, base), (False, yarn)):
+    marked = dict(b, short=np.full(b["tokens"].shape, mark))
+    np.testing.assert_allclose(loss(marked, both), loss(b, expected), rtol=1e-6)

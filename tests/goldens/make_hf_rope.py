@@ -39,7 +39,7 @@ def cases():
         theirs = dict(low_freq_factor=1.0, high_freq_factor=4.0) | options
         theirs |= dict(rope_type="llama3", original_max_position_embeddings=L, factor=s)
         yield shape, "llama3", dict(factor=s, **options), theirs, None
-      for p in (0.25, 0.6, 1.0):
+      for p in (0.25, 0.55, 1.0):
         theirs = dict(rope_type="proportional", factor=s, partial_rotary_factor=p)
         yield shape, "proportional", dict(factor=s, proportion=p), theirs, None
     for s, n in itertools.product((1.0, 2.0, 4.0), (L // 2, L, L + 1, 3 * L)):
