@@ -91,10 +91,11 @@ def clex(
     rope: base frequencies.
     seq_len: tokens of the sequence.
     max_factor: largest t, in training and after.
-    param_factor, activation, time_step: of the correction.
+    param_factor, activation, time_step: of the correction. The defaults are ours.
 
   Source: Chen et al. (arXiv 2310.16450), DAMO-NLP-SG/CLEX `clex_layer.py`, whose base has
-  alpha = 2 t - 1 where other NTK implementations have t.
+  alpha = 2 t - 1 where other NTK implementations have t. Its scaling of attention by the logarithm
+  of the length, an option that its 7B config turns off, is not here.
   """
   check_length("clex", seq_len)
   if max_factor < 1 or param_factor < 1:

@@ -57,8 +57,8 @@ def ntk_mixed(rope: Rope, factor: float, *, b: float = 0.625) -> Rope:
   """Mixed-base NTK: each frequency divided by exp(a (i + 1)^b), a = ln(s) / (d/2)^b.
 
   The slowest pair is divided by s, and b says how the rest share it (b = 1: evenly in the
-  logarithm). Source: kexue.fm 9706, vLLM's NTKScalingRotaryEmbedding with `mixed_b`; the default
-  0.625 is the example of that article.
+  logarithm). Source: kexue.fm 9706, vLLM's NTKScalingRotaryEmbedding with `mixed_b`. The default
+  is ours.
   """
   check_factor("ntk_mixed", factor)
   if not 0 < b < math.inf:
