@@ -59,6 +59,7 @@ def test_start_tokens_keep_the_original_rope():
   got, scaled, original = (np.stack(rope.cos_sin(x, positions)) for x in (r, plain, base))
   np.testing.assert_array_equal(got[:, :5], original[:, :5])
   np.testing.assert_array_equal(got[:, 5:], scaled[:, 5:])
+  assert r.history[-1][1]["start_tokens"] == 5
 
 
 def test_factors_per_layer_are_frequencies_per_layer():

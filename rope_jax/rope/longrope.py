@@ -47,7 +47,9 @@ def longrope(
   out = _by_length(rope, "longrope", factor, seq_len, long_factor, short_factor, attention)
   if not start_tokens:
     return out
-  return dataclasses.replace(out, short=rope, start_tokens=start_tokens)
+  name, options = out.history[-1]  # what the saved rope says of itself must include them
+  history = (*rope.history, (name, dict(options, start_tokens=start_tokens)))
+  return dataclasses.replace(out, short=rope, start_tokens=start_tokens, history=history)
 
 
 def longrope2(
