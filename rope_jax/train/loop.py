@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 
@@ -209,11 +210,13 @@ def evaluate(c, workdir: str) -> dict:
 def subject_of(c, mesh, token_loss, variables, text) -> evals.Subject:
   """What evaluations see of a model: its tokenizer and its losses."""
 
+  rope_of = functools.cache(lambda seq_len: resolve.rope(c, seq_len))  # dprope takes its time
+
   def losses(tokens, seq_len):
     split = tokens.shape[0] % mesh.size == 0
     placement = sharding.batch_sharding(mesh) if split else jax.NamedSharding(mesh, jax.P())
     batch = jax.device_put(tokens, placement)
-    return jax.device_get(token_loss(variables, batch, resolve.rope(c, seq_len)))
+    return jax.device_get(token_loss(variables, batch, rope_of(seq_len)))
 
   return evals.Subject(c, text, losses)
 
