@@ -21,6 +21,7 @@ from ml_collections.config_dict import placeholder
 import rope_jax
 from rope_jax import rope
 from rope_jax.errors import choice
+from rope_jax.evals.entries import ENTRIES, complete, perplexity  # noqa: F401 - for configs
 from rope_jax.weights import RUN_FILE
 
 # Given by `resolve.rope`, not by the user.
@@ -144,27 +145,6 @@ def base() -> ConfigDict:
   return c
 
 
-def perplexity(**options) -> ConfigDict:
-  """An entry of `config.evals`: perplexity by context length (rope_jax/evals/perplexity.py)."""
-  c = ConfigDict()
-  c.type = "perplexity"
-  c.every = 0  # training steps between evaluations; 0: only at the end
-  # Text files or globs, comma-separated, each file a document; 'tfds:NAME/SPLIT', a split of a
-  # corpus; or '', the validation split of data.source.
-  c.files = ""
-  c.start = 0  # character of each document to start at
-  c.lengths = (4096,)
-  c.protocol = "sliding"  # 'sliding', 'sliding_all' or 'truncate'
-  c.stride = 256  # of the sliding protocols
-  c.num_samples = 1
-  c.document_tokens = 0  # tokens of a sample that windows slide over; 0: the longest length
-  c.buckets = 8  # equal parts of the window in `by_position`
-  c.batch_size = 1  # windows at a time
-  c.lock()
-  c.update(options)
-  return c
-
-
 def comparison(**runs: ConfigDict) -> ConfigDict:
   """Several runs, trained and evaluated one after the other and compared in one table and plot.
 
@@ -184,12 +164,14 @@ def runs(c: ConfigDict) -> dict[str, ConfigDict]:
     ValueError: if config.order names a run that there is not, or one before the run it starts from.
   """
   if "runs" not in c:
+    complete(c.evals)
     return {"": c}
   for i, name in enumerate(c.order):
     choice("order", name, list(c.runs))
     source = c.runs[name].init_from.removeprefix("run:")
     if c.runs[name].init_from != source:
       choice(f"runs.{name}.init_from", source, c.order[:i])
+    complete(c.runs[name].evals)
   return {name: c.runs[name] for name in c.order}
 
 
@@ -302,7 +284,7 @@ def read(workdir: str) -> ConfigDict:
       )
     del values["rope"][method]
   for name, entry in values.pop("evals").items():
-    c.evals[name] = perplexity()
+    c.evals[name] = ENTRIES[entry["type"]]()
     _assign(c.evals[name], entry)
   _assign(c, values)
   return c

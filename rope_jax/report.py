@@ -49,22 +49,81 @@ def frequency_table(described: dict) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-  """Perplexity by length, a row for each run and evaluation: {run: {evaluation: {length: ...}}}."""
-  rows = [
-    (" ".join(filter(None, [run, "" if evaluation == "perplexity" else evaluation])), by_length)
-    for run, evaluations in results.items()
-    for evaluation, by_length in evaluations.items()
+  """Results of {run: {evaluation: {column: ...}}}, a table for each evaluation, a row for each run.
+
+  Where the value of a column is the mean of tasks, these have rows of their own.
+  """
+  names = list(dict.fromkeys(name for evaluations in results.values() for name in evaluations))
+  tables = [
+    _table(name, {run: e[name] for run, e in results.items() if name in e}) for name in names
   ]
-  lengths = sorted({int(n) for _, by_length in rows for n in by_length})
-  if not lengths:
-    return "no evaluations"
-  cells = [["perplexity at", *(f"{n:,}" for n in lengths)]]
-  for name, by_length in rows:
-    values = [by_length.get(str(n)) for n in lengths]
-    cells.append([name or "-", *(v and f"{v['ppl']:.3f} ± {v['stderr']:.3f}" for v in values)])
-  widths = [max(len(row[i] or "") for row in cells) for i in range(len(cells[0]))]
+  return "\n\n".join(tables) or "no evaluations"
+
+
+def cell(r: dict | None) -> str:
+  """A value and how sure it is: 12.345 ± 0.123, or 0.80 [0.49, 0.94]."""
+  if not r:
+    return ""
+  value = r[r["metric"]]
+  if "stderr" in r:
+    return f"{value:.3f} ± {r['stderr']:.3f}"
+  return f"{value:.2f}" + (f" [{r['low']:.2f}, {r['high']:.2f}]" if "low" in r else "")
+
+
+def rows(results: dict[str, dict]) -> dict[str, dict]:
+  """{run: {column: ...}} of one evaluation as {label: {column: ...}}, tasks after their mean."""
+  out = {}
+  for run, columns in results.items():
+    out[run] = columns
+    for task in dict.fromkeys(t for r in columns.values() for t in r.get("tasks", ())):
+      out[f"{run} {task}".strip()] = {
+        column: r["tasks"][task] for column, r in columns.items() if task in r.get("tasks", ())
+      }
+  return out
+
+
+def reach(columns: dict[str, dict]) -> int | None:
+  """The longest of the lengths whose value reaches the threshold, 0 if none; None without one.
+
+  RULER's effective length and YaRN's passkey context. Lengths after the first that fails do not
+  count: what fails at 8k is not good to 16k.
+  """
+  longest = 0
+  if not columns or any("threshold" not in r for r in columns.values()):
+    return None
+  for column in sorted(columns, key=int):
+    r = columns[column]
+    if r[r["metric"]] < r["threshold"]:
+      break
+    longest = int(column)
+  return longest
+
+
+def metric(columns: dict[str, dict]) -> str:
+  """What the values of an evaluation are, in words."""
+  return {"ppl": "perplexity"}.get(name := next(iter(columns.values()))["metric"], name)
+
+
+def _table(name: str, results: dict[str, dict]) -> str:
+  results = {run: columns for run, columns in results.items() if columns}
+  if not results:
+    return f"{name}: no results"
+  columns = list(dict.fromkeys(c for r in results.values() for c in r))
+  if all(c.isdigit() for c in columns):
+    columns.sort(key=int)
+  what = metric(next(iter(results.values())))
+  heading = f"{what} at" if what == name else f"{name}: {what} at"
+  reaches = {run: reach(r) for run, r in results.items()}
+  reached = any(x is not None for x in reaches.values())
+  cells = [[heading, *(f"{int(c):,}" if c.isdigit() else c for c in columns)]]
+  cells[0] += ["holds to"] * reached
+  for label, by_column in rows(results).items():
+    longest = reaches.get(label)
+    cells.append([label or "-", *(cell(by_column.get(c)) for c in columns)])
+    cells[-1] += ["" if longest is None else f"{longest:,}" if longest else "-"] * reached
+  widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
   lines = [
-    "  ".join([row[0].ljust(widths[0]), *((x or "").rjust(w) for x, w in zip(row[1:], widths[1:]))])
+    "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])
     for row in cells
   ]
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

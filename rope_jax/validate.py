@@ -8,11 +8,10 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from rope_jax import resolve
+from rope_jax import evals, resolve
 from rope_jax.config import train_length
 from rope_jax.data import POSITIONS
 from rope_jax.errors import check, choice
-from rope_jax.evals import EVALS
 from rope_jax.model.config import ATTENTION, CONTEXT_PARALLEL, LORA_TARGETS, REMAT
 from rope_jax.weights import locate
 
@@ -94,7 +93,9 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
   if not d.source.startswith("tfds:"):
     check(not d.text_key, "data.text_key", d.text_key, "'' unless data.source is 'tfds:NAME'")
   for name, entry in c.evals.items():
-    _eval(c, f"evals.{name}", entry)
+    choice(f"evals.{name}.type", entry.type, evals.EVALS)
+    check(entry.every_steps >= 0, f"evals.{name}.every_steps", entry.every_steps, "0 or more")
+    evals.module(entry.type).validate(f"evals.{name}", entry, c)
   if inputs:
     _inputs(c)
 
@@ -152,33 +153,9 @@ def _inputs(c: ConfigDict) -> None:
   if c.tokenizer not in ("", "byte"):
     check(os.path.exists(c.tokenizer), "tokenizer", c.tokenizer, "'byte' or an existing path")
   for name, entry in c.evals.items():
-    for pattern in filter(None, entry.files.split(",")):
+    for pattern in filter(None, entry.get("files", "").split(",")):
       there = pattern.startswith("tfds:") or glob.glob(pattern.strip(), recursive=True)
       check(there, f"evals.{name}.files", pattern, "an existing file or a glob that matches")
-
-
-def _eval(c: ConfigDict, name: str, e: ConfigDict) -> None:
-  choice(f"{name}.type", e.type, EVALS)
-  choice(f"{name}.protocol", e.protocol, ("sliding", "sliding_all", "truncate"))
-  for key in ("stride", "num_samples", "buckets", "batch_size"):
-    check(e[key] >= 1, f"{name}.{key}", e[key], "at least 1")
-  for key in ("every", "start", "document_tokens"):
-    check(e[key] >= 0, f"{name}.{key}", e[key], "0 or more")
-  check(e.lengths and all(isinstance(n, int) and n > 1 for n in e.lengths), f"{name}.lengths",
-         e.lengths, "token counts above 1, e.g. 8192,16384")  # fmt: skip
-  check(max(e.lengths) <= c.rope.context, f"{name}.lengths", e.lengths,
-         f"at most rope.context={c.rope.context}; raise it and fix rope.factor to go beyond what "
-         "the method was built for")  # fmt: skip
-  check(e.document_tokens == 0 or e.document_tokens >= max(e.lengths), f"{name}.document_tokens",
-         e.document_tokens, f"0 or at least the longest length, {max(e.lengths)}")  # fmt: skip
-  if e.protocol == "sliding":
-    check(e.stride <= min(e.lengths), f"{name}.stride", e.stride,
-           f"at most the shortest length, {min(e.lengths)}: else tokens are left out")  # fmt: skip
-  if e.protocol == "truncate":
-    check(e.document_tokens == 0, f"{name}.document_tokens", e.document_tokens,
-           "0 under protocol 'truncate', which reads one window a document")  # fmt: skip
-  if e.files.startswith("tfds:"):
-    check("/" in e.files, f"{name}.files", e.files, "'tfds:NAME/SPLIT'")
 
 
 def _name(c: ConfigDict, block: ConfigDict) -> str:

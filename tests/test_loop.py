@@ -102,7 +102,7 @@ def test_training_learns_and_is_evaluated_as_by_eval(tmp_path, folder):
 
 def test_evaluations_run_during_training_when_due(tmp_path, folder):
   c = tiny.run_config(folder, steps=5)
-  c.evals.perplexity.every = 2
+  c.evals.perplexity.every_steps = 2
   c.checkpoint.every = 2
   loop.train(c, str(tmp_path))
   rows = rows_of(tmp_path)
@@ -113,7 +113,7 @@ def test_evaluations_run_during_training_when_due(tmp_path, folder):
 
 def test_a_kill_between_checkpoint_and_evaluation_loses_no_row(tmp_path, folder, monkeypatch):
   c = tiny.run_config(folder, steps=4)
-  c.checkpoint.every = c.evals.perplexity.every = 2
+  c.checkpoint.every = c.evals.perplexity.every_steps = 2
 
   def killed(*_):
     raise KeyboardInterrupt

@@ -27,7 +27,7 @@ def get_config():
   c.checkpoint.keep = 5
   c.train.log_every = 1
   c.mesh.update(data=2, fsdp=2, context=2)
-  c.evals.perplexity.every = 3
+  c.evals.perplexity.every_steps = 3
   return c
 """
 

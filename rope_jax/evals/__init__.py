@@ -1,14 +1,33 @@
-"""Evaluations: each is an entry of `config.evals`, run in training and by launch/eval.py alike."""
+"""Evaluations: each is an entry of `config.evals`, run in training and by launch/eval.py alike.
+
+The result of one is {column: {"metric": NAME, NAME: value, ...}}, where a column is mostly a length
+in tokens, and besides the value there may be
+
+  "stderr", or "low" and "high" (95%)    how sure it is
+  "samples"                              how many it is from
+  "threshold"                            the value that counts as holding at this length
+  "tasks": {task: {as a column}}         of which the value is the mean
+  "by_position": [{"start", "end", ...}] the same for parts of the sequence, in tokens
+  "by_depth": [{"depth", ...}]           the same for places of what is to be found, in [0, 1]
+
+so that tables, figures and reports (`rope_jax.report`, `plots`, `html`) need to know no type.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-# type of an entry -> module with evaluate(entry, subject) -> results for JSON,
-# and check(entry, subject), which raises ValueError if its data is not there.
+import numpy as np
+
+# type of an entry -> module with
+#   validate(name, entry, config): raises ValueError for settings, before anything is read;
+#   check(entry, subject): raises ValueError if the data is not there;
+#   lengths(entry): tokens of the sequences that it runs;
+#   evaluate(entry, subject): the result, for JSON.
 EVALS = dict(perplexity="rope_jax.evals.perplexity")
 
 
@@ -21,16 +40,31 @@ class Subject:
     tokenizer: its tokenizer.
     losses: (tokens [B, L] int32, seq_len) -> losses [B, L - 1] of tokens 1 .. L-1 in nats, under
       the rope of a sequence of seq_len tokens.
+    generate: (prompts, max_new_tokens, batch_size=1, what="") -> the greedy continuation of each
+      prompt; all are 1-D int32 ids, without the end of text that may have stopped them. `what` is
+      for the progress bar.
   """
 
   config: Any
   tokenizer: Any
   losses: Callable
+  generate: Callable | None = None
+
+  def prompt(self, text: str):
+    """Ids of a text as the start of a sequence: with BOS where the tokenizer itself adds it."""
+    ids = self.tokenizer.encode(text)
+    bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
+    return np.concatenate([np.asarray(bos, np.int32), ids])
+
+
+def module(kind: str) -> ModuleType:
+  """The module of a type of evaluation."""
+  return importlib.import_module(EVALS[kind])
 
 
 def evaluate(entry, subject: Subject) -> dict:
   """Runs one entry; its results have nothing that differs between two identical runs."""
-  return importlib.import_module(EVALS[entry.type]).evaluate(entry, subject)
+  return module(entry.type).evaluate(entry, subject)
 
 
 def check(config, tokenizer) -> None:
@@ -41,11 +75,11 @@ def check(config, tokenizer) -> None:
   """
   for name, entry in config.evals.items():
     try:
-      importlib.import_module(EVALS[entry.type]).check(entry, Subject(config, tokenizer, None))
+      module(entry.type).check(entry, Subject(config, tokenizer, None))
     except ValueError as error:
       raise ValueError(f"config.evals.{name}: {error}") from error
 
 
 def lengths(config) -> list[int]:
   """Tokens of all the sequences that the evaluations of a config run."""
-  return sorted({n for entry in config.evals.values() for n in entry.lengths})
+  return sorted({n for entry in config.evals.values() for n in module(entry.type).lengths(entry)})

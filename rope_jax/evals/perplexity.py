@@ -14,30 +14,57 @@ Every window has exactly L tokens, BOS included where the tokenizer adds one its
 
 from __future__ import annotations
 
-import glob
 import math
 from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
-from rope_jax import config as config_lib
+from rope_jax.errors import check as expect
+from rope_jax.errors import choice
+from rope_jax.evals.common import check_lengths, check_positive, texts
+
+PROTOCOLS = ("sliding", "sliding_all", "truncate")
 
 
 def evaluate(entry, subject) -> dict:
   """Perplexity for each of entry.lengths; the keys of `config.perplexity` say what can be set.
 
   Returns:
-    {"8192": {"ppl", "stderr", "nll", "tokens", "windows", "protocol", "by_position": [{"start",
-    "end", "ppl", "stderr", "tokens"}, ...]}, ...}. `stderr` is the standard error of `ppl` over
-    tokens as if independent (they are not quite: read it as a lower bound). `by_position` is by
-    the place of the token in its window, in equal parts.
+    {"8192": {"metric": "ppl", "ppl", "stderr", "nll", "tokens", "windows", "protocol",
+    "by_position": [{"start", "end", "ppl", "stderr", "tokens"}, ...]}, ...}. `stderr` is the
+    standard error of `ppl` over tokens as if independent (they are not quite: read it as a lower
+    bound). `by_position` is by the place of the token in its window, in equal parts.
 
   Raises:
     ValueError: if the text is too short for the samples asked for.
   """
   samples = _samples(entry, subject)
   return {str(n): _at_length(entry, subject, samples, n) for n in entry.lengths}
+
+
+def validate(name: str, e, c) -> None:
+  """Raises ValueError, naming the key, for settings that do not fit."""
+  choice(f"{name}.protocol", e.protocol, PROTOCOLS)
+  check_positive(name, e, "stride num_samples buckets batch_size")
+  for key in ("start", "document_tokens"):
+    expect(e[key] >= 0, f"{name}.{key}", e[key], "0 or more")
+  check_lengths(name, e, c)
+  expect(e.document_tokens == 0 or e.document_tokens >= max(e.lengths), f"{name}.document_tokens",
+         e.document_tokens, f"0 or at least the longest length, {max(e.lengths)}")  # fmt: skip
+  if e.protocol == "sliding":
+    expect(e.stride <= min(e.lengths), f"{name}.stride", e.stride,
+           f"at most the shortest length, {min(e.lengths)}: else tokens are left out")  # fmt: skip
+  if e.protocol == "truncate":
+    expect(e.document_tokens == 0, f"{name}.document_tokens", e.document_tokens,
+           "0 under protocol 'truncate', which reads one window a document")  # fmt: skip
+  if e.files.startswith("tfds:"):
+    expect("/" in e.files, f"{name}.files", e.files, "'tfds:NAME/SPLIT'")
+
+
+def lengths(entry) -> tuple[int, ...]:
+  """Tokens of the windows."""
+  return entry.lengths
 
 
 def check(entry, subject) -> None:
@@ -70,7 +97,7 @@ def _samples(entry, subject) -> list[np.ndarray]:
   tokens = entry.document_tokens or max(entry.lengths)
   later: list[list[np.ndarray]] = []
   found: list[np.ndarray] = []
-  for text in _texts(entry, subject):
+  for text in texts(entry.files, subject.config):
     ids = subject.tokenizer.encode(text[entry.start :])
     pieces = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)]
     found += pieces[:1]
@@ -85,24 +112,6 @@ def _samples(entry, subject) -> list[np.ndarray]:
       f"{entry.files or 'the validation split of ' + subject.config.data.source} has {len(found)}"
     )
   return found[: entry.num_samples]
-
-
-def _texts(entry, subject) -> Iterator[str]:
-  from rope_jax.data import corpus
-  from rope_jax.data.text_builder import read_text
-
-  data, directory = subject.config.data, config_lib.data_dir(subject.config)
-  if not entry.files:
-    documents = corpus.documents(data.source, "validation", directory, data.text_key)
-  elif entry.files.startswith("tfds:"):
-    name, _, split = entry.files.rpartition("/")
-    documents = corpus.documents(name, split, directory)
-  else:
-    patterns = [p.strip() for p in entry.files.split(",")]
-    paths = [path for p in patterns for path in sorted(glob.glob(p, recursive=True))]
-    yield from (read_text(path) for path in paths)
-    return
-  yield from (documents[i] for i in range(len(documents)))
 
 
 def _at_length(entry, subject, samples, length: int) -> dict:
@@ -131,6 +140,7 @@ def _at_length(entry, subject, samples, length: int) -> dict:
   ]
   total = sums.sum(0)
   return dict(
+    metric="ppl",
     **_summary(*total),
     nll=total[1] / total[0],
     windows=len(rows),

@@ -256,7 +256,9 @@ def count(tree) -> int:
 def _due(c, step: int) -> list[str]:
   """Evaluations due in the middle of training, after this many steps."""
   middle = 0 < step < c.train.steps
-  return [name for name, e in c.evals.items() if middle and e.every and step % e.every == 0]
+  return [
+    name for name, e in c.evals.items() if middle and e.every_steps and step % e.every_steps == 0
+  ]
 
 
 def _evaluate(c, workdir, subject) -> dict:
