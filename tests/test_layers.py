@@ -51,7 +51,8 @@ def residual(m, params, x, r):
   """What the only layer of a model makes of the residual stream x."""
   layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
   cos_sin = rope.cos_sin(r, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
-  return jax.jit(Block(m.config).apply)(dict(params=layer), x, cos_sin, {}, {}, None)[0]
+  apply = jax.jit(Block(m.config).apply)
+  return apply(dict(params=layer), (x, None), None, [cos_sin], [], {}, None)[0][0]
 
 
 def test_heads_of_a_group_turn_with_their_key():

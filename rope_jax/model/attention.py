@@ -43,7 +43,7 @@ def attend(cfg, q, k, v, segment_ids=None):
 
 def places(cfg, length: int) -> np.ndarray:
   """Which token stands at each place of a sequence on this mesh (see `context.order`)."""
-  shards = _mesh_shape().get(context.AXIS, 1)
+  shards = mesh_shape().get(context.AXIS, 1)
   return context.order(length, shards, cfg.load_balance)
 
 
@@ -75,8 +75,8 @@ def _attention(cfg, q, k, v, segment_ids):
 
 
 def _forward(cfg, q, k, v, segment_ids):
-  kernel, heads, numbers, segments = _plan(cfg, q, k)
-  forward = _sharded(kernel.forward, (heads, heads, heads, segments), (heads, numbers))
+  plan, heads, numbers, segments = _plan(cfg, q, k)
+  forward = sharded(plan.forward, (heads, heads, heads, segments), (heads, numbers))
   out, logsumexp = forward(q, k, v, segment_ids)
   # Named here, where the backward pass takes them: a name on the output outside would keep a copy
   # and still compute both again.
@@ -86,9 +86,9 @@ def _forward(cfg, q, k, v, segment_ids):
 
 def _backward(cfg, residuals, d_out):
   q, k, v, segment_ids, out, logsumexp = residuals
-  kernel, heads, numbers, segments = _plan(cfg, q, k)
+  plan, heads, numbers, segments = _plan(cfg, q, k)
   inputs = (heads, heads, heads, segments, heads, numbers, heads)
-  backward = _sharded(kernel.backward, inputs, (heads, heads, heads))
+  backward = sharded(plan.backward, inputs, (heads, heads, heads))
   d_q, d_k, d_v = backward(q, k, v, segment_ids, out, logsumexp, d_out)
   return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
@@ -98,25 +98,25 @@ _attention.defvjp(_forward, _backward)
 
 def _plan(cfg, q, k):
   """The kernel of a device, and how heads [B, H, L, E], [B, H, L] and segments are split."""
-  mesh = _mesh_shape()
+  mesh = mesh_shape()
   rows = int(np.prod([mesh.get(axis, 1) for axis in ROWS]))
   tensor, shards = mesh.get("tensor", 1), mesh.get(context.AXIS, 1)
   if k.shape[1] % tensor:
     raise ValueError(
       f"config.mesh.tensor={tensor} does not divide config.model.num_kv_heads={k.shape[1]}"
     )
-  kernel = _kernel(cfg)
   if shards == 1:
-    kernel = context.alone(kernel)
+    plan = context.alone(kernel(cfg))
   else:
     strategy = dict(all_gather=context.all_gather, ring=context.ring)[cfg.context_parallel]
-    kernel = strategy(kernel, shards, cfg.load_balance)
+    plan = strategy(kernel(cfg), shards, cfg.load_balance)
   batch = ROWS if q.shape[0] % rows == 0 else None  # too few to split: each device has them all
   heads = P(batch, "tensor", context.AXIS)
-  return kernel, heads, heads, P(batch, context.AXIS)
+  return plan, heads, heads, P(batch, context.AXIS)
 
 
-def _kernel(cfg) -> context.Kernel:
+def kernel(cfg) -> context.Kernel:
+  """The kernel of one device by `cfg.attention`, which must not be 'dense'."""
   blocks = dict(block_q=cfg.block_q, block_k=cfg.block_k)
   if cfg.attention == "blockwise":
     blocks = {name: size for name, size in blocks.items() if size}
@@ -130,12 +130,14 @@ def _kernel(cfg) -> context.Kernel:
   )
 
 
-def _sharded(function, in_specs, out_specs):
-  if not _mesh_shape():
+def sharded(function, in_specs, out_specs):
+  """`jax.shard_map` over the mesh that is set, or the function itself."""
+  if not mesh_shape():
     return function
   # Pallas calls do not say over which axes their results vary, hence no check of that.
   return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _mesh_shape() -> dict:
+def mesh_shape() -> dict:
+  """Sizes of the axes of the mesh that is set (`jax.set_mesh`), by name; empty without one."""
   return dict(jax.sharding.get_abstract_mesh().shape)

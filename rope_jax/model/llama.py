@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rope_jax import rope as rope_lib
 from rope_jax.model import attention
+from rope_jax.model import cache as cache_lib
 from rope_jax.model.config import ModelConfig
 
 _QKV = ("attention", "q", "k", "v")
@@ -54,6 +55,8 @@ class Llama(nn.Module):
     segment_ids_BxL=None,
     fractions_BxL=None,
     short_BxL=None,
+    cache=None,
+    rope_by_row=False,
   ):
     """Runs the model.
 
@@ -65,11 +68,15 @@ class Llama(nn.Module):
         sequence, whatever the positions.
       segment_ids_BxL: int32; tokens attend within their segment only. One segment if None.
       fractions_BxL, short_BxL: as in `rope_jax.rope.cos_sin`.
+      cache: `rope_jax.model.cache.Cache` of what came before; positions and segments are its own.
+      rope_by_row: whether all numbers of the rope have a leading axis [B], a rope for each row.
 
     Returns:
-      hidden_BxLxD in the compute dtype, after the last norm.
+      hidden_BxLxD in the compute dtype, after the last norm; with a cache, (hidden, new cache).
     """
     cfg = self.config
+    if cache is not None:
+      positions_BxL = cache.new_positions(tokens_BxL.shape[1])
     if positions_BxL is None:
       places = attention.places(cfg, tokens_BxL.shape[1])
       positions_BxL = jnp.broadcast_to(jnp.asarray(places), tokens_BxL.shape)
@@ -79,18 +86,24 @@ class Llama(nn.Module):
         f"rope is for head_dim {rope.rotary_dim}, the model rotates {rotary_dim} channels of "
         f"model.head_dim={cfg.head_dim}"
       )
+    by_row = jax.vmap if rope_by_row else lambda f: f
     if cfg.clex:
-      rope = rope_lib.clex_correct(rope, self._clex_parameters(), **_correction(cfg))
-    tokens = dict(positions=positions_BxL, fractions=fractions_BxL, short=short_BxL)
+      params = self._clex_parameters()
+      rope = by_row(lambda r: rope_lib.clex_correct(r, params, **_correction(cfg)))(rope)
+    tokens = [dict(positions=positions_BxL, fractions=fractions_BxL, short=short_BxL)]
+    if cache is not None and not cache.rotated:
+      tokens.append(dict(positions=cache.positions()))  # keys are rotated on read
     parts = [r.inv_freq for r in (rope, rope.short) if r is not None]
-    layered = any(f.ndim > 1 and f.shape[0] > 1 for f in parts)
+    layered = any(f.ndim > 1 + rope_by_row and f.shape[rope_by_row] > 1 for f in parts)
+    ropes = by_row(lambda r: rope_lib.per_layer(r, cfg.num_layers if layered else 1))(rope)
+    ropes = jax.tree.map(lambda x: x.swapaxes(0, 1), ropes) if rope_by_row else ropes
+
     # Once per forward, in float32: angles must not pass through bfloat16. Layers with frequencies
     # of their own make their own angles: those of all at once would not fit in memory.
     if layered:
-      angles = rope_lib.per_layer(rope, cfg.num_layers)
+      angles = ropes
     else:
-      one = jax.tree.map(lambda x: x[0], rope_lib.per_layer(rope, 1))
-      angles = rope_lib.cos_sin(one, **tokens)
+      angles = _angles(jax.tree.map(lambda x: x[0], ropes), tokens, rope_by_row)
     shared = {}
     if cfg.phase != "none" and cfg.psc_share in ("layers", "all"):
       heads = dict(psc_q=cfg.num_heads, psc_k=cfg.num_kv_heads)
@@ -106,15 +119,19 @@ class Llama(nn.Module):
       block,
       variable_axes=dict(params=0, lora=0, phase=0),
       split_rngs=dict(params=True),
-      in_axes=(0 if layered else nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(0, 0 if layered else nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
       length=cfg.num_layers,
     )
-    x, _ = layers(cfg, name="layers")(x, angles, tokens, shared, segment_ids_BxL)
+    number = None if cache is None else jnp.arange(cfg.num_layers)
+    (x, cache), _ = layers(cfg, rope_by_row, name="layers")(
+      (x, cache), number, angles, tokens, shared, segment_ids_BxL
+    )
     if not cfg.tie_embeddings:
       self.param(
         "lm_head", nn.initializers.normal(0.02), (cfg.d_model, cfg.vocab_size), cfg.param_dtype
       )
-    return RMSNorm(cfg, name="final_norm")(x)
+    hidden = RMSNorm(cfg, name="final_norm")(x)
+    return hidden if cache is None else (hidden, cache.replace(index=cache.index + x.shape[1]))
 
   def _clex_parameters(self) -> dict:
     cfg = self.config
@@ -135,48 +152,51 @@ class Block(nn.Module):
   """Pre-norm attention and SwiGLU, each with a residual."""
 
   config: ModelConfig
+  rope_by_row: bool = False
 
   @nn.compact
-  def __call__(self, x, angles, tokens, shared, segment_ids):
-    cos, sin = angles if isinstance(angles, tuple) else rope_lib.cos_sin(angles, **tokens)
-    x = x + Attention(self.config, name="attention")(
-      RMSNorm(self.config, name="attention_norm")(x), cos, sin, shared, segment_ids
+  def __call__(self, carry, layer, angles, tokens, shared, segment_ids):
+    x, cache = carry
+    if not isinstance(angles, list):
+      angles = _angles(angles, tokens, self.rope_by_row)
+    out, cache = Attention(self.config, name="attention")(
+      RMSNorm(self.config, name="attention_norm")(x), angles, shared, segment_ids, cache, layer
     )
-    return x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x)), None
+    x = x + out
+    x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
+    return (x, cache), None
 
 
 class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BxLxD, cos, sin, shared, segment_ids):
+  def __call__(self, x_BxLxD, angles, shared, segment_ids, cache, layer):
     cfg = self.config
     D, H, K, E = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     q_BxLxHxE = _linear(self, "q", x_BxLxD, dict(d=D), dict(h=H, e=E))
     k_BxLxKxE = _linear(self, "k", x_BxLxD, dict(d=D), dict(h=K, e=E))
     v_BxLxKxE = _linear(self, "v", x_BxLxD, dict(d=D), dict(h=K, e=E))
-    q_BxLxHxE = self._position("psc_q", q_BxLxHxE, cos, sin, shared)
-    k_BxLxKxE = self._position("psc_k", k_BxLxKxE, cos, sin, shared)
-    if self.is_initializing():  # shapes are all that counts, and those of a mesh do not fit
+    psc_q, psc_k = (
+      shared.get(name) or (cfg.phase != "none" and _psc_variable(self, name, heads))
+      for name, heads in (("psc_q", H), ("psc_k", K))
+    )
+    q_BxLxHxE = _rotate(cfg, psc_q, _calibrate(cfg, psc_q, q_BxLxHxE), angles[0])
+    k_BxLxKxE = _calibrate(cfg, psc_k, k_BxLxKxE)
+    if cache is None or cache.rotated:
+      k_BxLxKxE = _rotate(cfg, psc_k, k_BxLxKxE, angles[0])
+    if cache is not None:
+      cache = cache_lib.append(cache, layer, k_BxLxKxE, v_BxLxKxE)
+      keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+                      for x in (cache.k, cache.v))  # fmt: skip
+      if not cache.rotated:
+        keys = _rotate(cfg, psc_k, keys.swapaxes(1, 2), angles[1]).swapaxes(1, 2)
+      out_BxLxHxE = cache_lib.attend(cfg, cache, q_BxLxHxE, keys, values)
+    elif self.is_initializing():  # shapes are all that counts, and those of a mesh do not fit
       out_BxLxHxE = q_BxLxHxE
     else:
       out_BxLxHxE = attention.attend(cfg, q_BxLxHxE, k_BxLxKxE, v_BxLxKxE, segment_ids)
-    return _linear(self, "o", out_BxLxHxE, dict(h=H, e=E), dict(d=D))
-
-  def _position(self, name, x, cos, sin, shared):
-    """Rotates queries or keys, with the learned phase before or after."""
-    cfg = self.config
-    if cfg.phase == "none":
-      return rope_lib.rotate(x, cos, sin)
-    psc = shared[name] if shared else _psc_variable(self, name, x.shape[-2])
-    if cfg.phase == "psc_rotation":
-      x = rope_lib.psc_rotation(x, psc["up"], psc["down"], bound=cfg.psc_bound or None)
-      return rope_lib.rotate(x, cos, sin)
-    if cfg.psc_calibration == "pre":
-      return rope_lib.rotate(rope_lib.psc(x, psc["up"], psc["down"]), cos, sin)
-    # Post-calibration, as it stands commented out in the release: the gate reads a detached copy.
-    x = rope_lib.rotate(x, cos, sin)
-    return x * rope_lib.psc_gate(jax.lax.stop_gradient(x), psc["up"], psc["down"])
+    return _linear(self, "o", out_BxLxHxE, dict(h=H, e=E), dict(d=D)), cache
 
 
 class MLP(nn.Module):
@@ -201,6 +221,31 @@ class RMSNorm(nn.Module):
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
     return (x * scale).astype(self.config.dtype)
+
+
+def _angles(rope, tokens: list[dict], by_row: bool) -> list[tuple[jax.Array, jax.Array]]:
+  """(cos, sin) of the new tokens and, where `tokens` says so, of those in the cache."""
+  of = jax.vmap(rope_lib.cos_sin) if by_row else rope_lib.cos_sin
+  return [of(rope, t["positions"], **{k: v for k, v in t.items() if k != "positions"})
+          for t in tokens]  # fmt: skip
+
+
+def _calibrate(cfg: ModelConfig, psc, x):
+  """What a learned phase does to queries or keys by their content alone, before any rotation."""
+  if cfg.phase == "psc_rotation":
+    return rope_lib.psc_rotation(x, psc["up"], psc["down"], bound=cfg.psc_bound or None)
+  if cfg.phase == "psc" and cfg.psc_calibration == "pre":
+    return rope_lib.psc(x, psc["up"], psc["down"])
+  return x
+
+
+def _rotate(cfg: ModelConfig, psc, x, angles):
+  """Rotates queries or keys; a post-calibration comes after."""
+  x = rope_lib.rotate(x, *angles)
+  if cfg.phase == "psc" and cfg.psc_calibration == "post":
+    # As it stands commented out in the release: the gate reads a detached copy.
+    return x * rope_lib.psc_gate(jax.lax.stop_gradient(x), psc["up"], psc["down"])
+  return x
 
 
 def _linear(module: nn.Module, name: str, x: jax.Array, inputs: dict, outputs: dict) -> jax.Array:

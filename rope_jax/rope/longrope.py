@@ -129,7 +129,9 @@ def _by_length(
     short_factor=_factors(rope, f"{name}.short_factor", short_factor, default=1.0),
     attention=attention,
   )
-  factors = options["long_factor" if seq_len > rope.original_context else "short_factor"]
+  # Of one shape, so that the switch never changes that of the rope: a row where layers have rows.
+  long, short = np.broadcast_arrays(options["long_factor"], options["short_factor"])
+  factors = long if seq_len > rope.original_context else short
   scale = _attention(rope, name, attention, factor)
   return rope.apply(name, rope.inv_freq / factors, scale, factor=factor, seq_len=seq_len, **options)
 

@@ -1,0 +1,159 @@
+"""A KV cache of static size, and attention of new tokens to it, on one device or over a mesh.
+
+Sequences of different lengths stand in a batch with padding on their left, so that all are at the
+same place and the next token of each is written there. Over a mesh the cache is split like training
+splits activations: rows over 'data' and 'fsdp', KV heads over 'tensor', places over 'context',
+where each device attends to its own and the parts are put together by their normalisers.
+
+Shape suffixes: N layers, B rows, K KV heads, H query heads, C places, T new tokens, E head_dim.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from rope_jax.model import attention, context
+from rope_jax.model.blockwise import MASKED
+from rope_jax.model.config import ModelConfig
+
+
+class Cache(flax.struct.PyTreeNode):
+  """Keys and values of the tokens so far.
+
+  Attributes:
+    k, v: [N, B, K, C, E] in the compute dtype; places from `index` on are not yet written.
+    padding: int32 [B], places before the first token of each row.
+    index: int32, places written.
+    rotated: whether keys are stored rotated. If not they are rotated on read, so that a rope that
+      depends on the length of the sequence can change under them.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  padding: jax.Array
+  index: jax.Array
+  rotated: bool = flax.struct.field(pytree_node=False, default=True)
+
+  def new_positions(self, tokens: int) -> jax.Array:
+    """int32 [B, tokens]: positions of the next tokens; those of padding are 0."""
+    return jnp.maximum(self.index + jnp.arange(tokens) - self.padding[:, None], 0)
+
+  def positions(self) -> jax.Array:
+    """int32 [B, C]: positions of all places."""
+    return jnp.maximum(jnp.arange(self.k.shape[3]) - self.padding[:, None], 0)
+
+
+def empty(cfg: ModelConfig, padding: jax.Array, capacity: int, *, rotated: bool = True) -> Cache:
+  """A cache with nothing written, split over the mesh that is set, if one is.
+
+  Args:
+    cfg: of the model.
+    padding: int32 [B].
+    capacity: C, places; a multiple of the mesh axis 'context'.
+    rotated: as in `Cache`.
+  """
+  shape = (cfg.num_layers, len(padding), cfg.num_kv_heads, capacity, cfg.head_dim)
+  zeros = jnp.zeros(shape, cfg.dtype)
+  if attention.mesh_shape():
+    zeros = jax.lax.with_sharding_constraint(zeros, P(None, *_heads(len(padding), split=True)))
+  return Cache(zeros, zeros, padding, jnp.int32(0), rotated)
+
+
+def append(cache: Cache, layer: jax.Array, k_BxTxKxE, v_BxTxKxE) -> Cache:
+  """Writes the keys and values of a layer's new tokens from `cache.index` on.
+
+  `index` itself is raised once, after the last layer. Over a context, T must divide the places of a
+  device and `index` be a multiple of T, so that all of them belong to one device.
+  """
+  B, T = k_BxTxKxE.shape[:2]
+  shards = attention.mesh_shape().get(context.AXIS, 1)
+  own = cache.k.shape[3] // shards
+  if shards > 1 and own % T:
+    raise ValueError(
+      f"config.generate.chunk={T} does not divide the {own} places of a device of the context"
+    )
+
+  def write(stored, new, layer, index):
+    place = index - (jax.lax.axis_index(context.AXIS) * own if shards > 1 else 0)
+    start = jnp.clip(place, 0, own - T)
+    at = (layer, 0, 0, start, 0)
+    new = new.astype(stored.dtype)[None]
+    if shards > 1:
+      before = jax.lax.dynamic_slice(stored, at, new.shape)
+      new = jnp.where(place == start, new, before)
+    return jax.lax.dynamic_update_slice(stored, new, at)
+
+  stored, fresh = P(None, *_heads(B, split=True)), _heads(B, split=False)
+  write = attention.sharded(write, (stored, fresh, P(), P()), stored)
+  k, v = (
+    write(old, new.swapaxes(1, 2), layer, cache.index)
+    for old, new in ((cache.k, k_BxTxKxE), (cache.v, v_BxTxKxE))
+  )
+  return cache.replace(k=k, v=v)
+
+
+def attend(cfg: ModelConfig, cache: Cache, q_BxTxHxE, k_BxKxCxE, v_BxKxCxE) -> jax.Array:
+  """Attention of the T newest tokens, written from `cache.index` on, to all up to themselves.
+
+  Args:
+    cfg: of the model.
+    cache: for its padding and index.
+    q_BxTxHxE: rotated queries.
+    k_BxKxCxE, v_BxKxCxE: a layer of the cache, keys rotated.
+
+  Returns:
+    [B, T, H, E] in the dtype of q. Tokens of padding attend to padding: finite, of no account.
+  """
+  B, T = q_BxTxHxE.shape[:2]
+  shards = attention.mesh_shape().get(context.AXIS, 1)
+  own = k_BxKxCxE.shape[2] // shards
+  # One token has no blocks of queries to go through, and its scores are small.
+  forward = _dense if T == 1 or cfg.attention == "dense" else attention.kernel(cfg).forward
+
+  def part(q, k, v, padding, index):
+    first = jax.lax.axis_index(context.AXIS) * own if shards > 1 else 0
+    queries = index + jnp.arange(T)
+    visible = jnp.clip(queries + 1 - first, 0, own)
+    padded = padding[:, None]
+    of_q, of_k = (x.astype(jnp.int32) for x in (queries < padded, first + jnp.arange(own) < padded))
+    out, logsumexp = forward(q, k, v, visible, of_q, of_k)
+    if shards == 1:
+      return out
+    weight = jnp.exp(logsumexp - jax.lax.pmax(logsumexp, context.AXIS))[..., None]
+    total = jax.lax.psum(weight, context.AXIS)
+    return (jax.lax.psum(out.astype(jnp.float32) * weight, context.AXIS) / total).astype(q.dtype)
+
+  whole, split = _heads(B, split=False), _heads(B, split=True)
+  part = attention.sharded(part, (whole, split, split, P(whole[0]), P()), whole)
+  out = part(q_BxTxHxE.swapaxes(1, 2), k_BxKxCxE, v_BxKxCxE, cache.padding, cache.index)
+  return out.swapaxes(1, 2)
+
+
+def _dense(q, k, v, visible, segments_q, segments_k):
+  """As `blockwise.forward`, with all scores at once."""
+  B, H, T, E = q.shape
+  K = k.shape[1]
+  q = q.reshape(B, K, H // K, T, E)
+  scores = jnp.einsum("bkgte,bkce->bkgtc", q, k, preferred_element_type=jnp.float32) / np.sqrt(E)
+  mask = jnp.arange(k.shape[2]) < visible[:, None]
+  mask = mask & (segments_q[:, :, None] == segments_k[:, None, :])
+  scores = jnp.where(mask[:, None, None], scores, MASKED)
+  maximum = scores.max(-1, keepdims=True)
+  weights = jnp.where(mask[:, None, None], jnp.exp(scores - maximum), 0.0)
+  total = weights.sum(-1, keepdims=True)
+  some = total > 0
+  weights = (weights / jnp.where(some, total, 1.0)).astype(q.dtype)
+  out = jnp.einsum("bkgtc,bkce->bkgte", weights, v, preferred_element_type=jnp.float32)
+  logsumexp = jnp.where(some, maximum + jnp.log(jnp.where(some, total, 1.0)), MASKED)
+  return out.reshape(B, H, T, E).astype(q.dtype), logsumexp.reshape(B, H, T)
+
+
+def _heads(rows: int, *, split: bool) -> P:
+  """How [B, heads, places, E] is split; places over the context if `split`."""
+  mesh = attention.mesh_shape()
+  parts = int(np.prod([mesh.get(axis, 1) for axis in attention.ROWS]))
+  return P(attention.ROWS if rows % parts == 0 else None, "tensor", context.AXIS if split else None)
