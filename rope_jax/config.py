@@ -139,6 +139,12 @@ def base() -> ConfigDict:
   c.mesh.context = 1
   c.mesh.tensor = 1  # devices over which heads, the MLP and the vocabulary are split
 
+  c.generate = ConfigDict()
+  # What happens to the cache of keys where the rope changes with the length of the sequence:
+  # 'recompute', 'rotate' or 'capacity' (rope_jax/model/generate.py)
+  c.generate.on_change = "recompute"
+  c.generate.chunk = 512  # tokens of a prefill step
+
   c.evals = ConfigDict()
   c.lock()
   c.evals.unlock()  # entries are added by name
@@ -317,7 +323,7 @@ def _is_free(key: str) -> bool:
 
   Those of the mesh and of how a step is computed, not what, may: a run goes on on another slice.
   """
-  free = ("evals.", "checkpoint.", "mesh.")
+  free = ("evals.", "checkpoint.", "mesh.", "generate.")
   how = ("attention", "block_q", "block_k", "context_parallel", "load_balance", "remat")
   return (
     key.startswith(free)

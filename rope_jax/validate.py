@@ -12,7 +12,7 @@ from rope_jax import evals, resolve
 from rope_jax.config import train_length
 from rope_jax.data import POSITIONS
 from rope_jax.errors import check, choice
-from rope_jax.model.config import ATTENTION, CONTEXT_PARALLEL, LORA_TARGETS, REMAT
+from rope_jax.model.config import ATTENTION, CONTEXT_PARALLEL, LORA_TARGETS, ON_CHANGE, REMAT
 from rope_jax.weights import locate
 
 
@@ -92,6 +92,11 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
   _positions(c)
   if not d.source.startswith("tfds:"):
     check(not d.text_key, "data.text_key", d.text_key, "'' unless data.source is 'tfds:NAME'")
+  choice("generate.on_change", c.generate.on_change, ON_CHANGE)
+  least = 128 if "splash" in m.attention else 16
+  chunk = c.generate.chunk
+  check(chunk >= least and chunk % least == 0, "generate.chunk", chunk,
+        f"a multiple of {least} under model.attention={m.attention!r}")  # fmt: skip
   for name, entry in c.evals.items():
     choice(f"evals.{name}.type", entry.type, evals.EVALS)
     check(entry.every_steps >= 0, f"evals.{name}.every_steps", entry.every_steps, "0 or more")

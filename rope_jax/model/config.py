@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 ATTENTION = ("dense", "blockwise", "splash", "splash_interpret")
 CONTEXT_PARALLEL = ("all_gather", "ring")
+ON_CHANGE = ("recompute", "rotate", "capacity")
 REMAT = ("none", "full", "attention", "qkv", "matmuls", "offload")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 

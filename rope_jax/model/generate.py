@@ -24,13 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from rope_jax.model import attention, cache, context
+from rope_jax.model.config import ON_CHANGE
 from rope_jax.model.llama import Llama, unembedding
 from rope_jax.rope import Rope
 
-ON_CHANGE = ("recompute", "rotate", "capacity")
 BLOCK = 16  # tokens that are made on the device before the host looks whether all are done
 
 
@@ -84,7 +83,7 @@ class Generator:
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    what: str = "",
+    progress: Callable[[float], None] | None = None,
   ) -> list[np.ndarray]:
     """New tokens of each prompt.
 
@@ -96,7 +95,7 @@ class Generator:
       temperature: 0 is greedy.
       top_p: nucleus: the fewest most likely tokens with this probability together are sampled from.
       seed: of the samples.
-      what: of the progress bar of the prefill; none if empty.
+      progress: called during the prefill with the share of it that is done.
 
     Raises:
       ValueError: for an empty prompt, or settings out of range.
@@ -121,7 +120,7 @@ class Generator:
       grown = max_new_tokens if self.on_change == "capacity" else count
       rope, end = self._ropes(lengths + grown), self._next_change(lengths, count, max_new_tokens)
       texts = [np.concatenate(x) for x in zip(prompts, new)]
-      state, logits = self._prefill(texts, longest, rope, what if not count else "")
+      state, logits = self._prefill(texts, longest, rope, None if count else progress)
       token = self._sample(logits, *settings, count)
       done, count = add(token[:, None]), count + 1
       while count < end and not done:
@@ -183,7 +182,7 @@ class Generator:
 
   # ---- On the device.
 
-  def _prefill(self, texts, longest: int, rope, what: str = ""):
+  def _prefill(self, texts, longest: int, rope, progress=None):
     """A cache of these texts, and the logits of what follows them."""
     width, chunk, capacity = self._sizes(max(map(len, texts)), longest)
     tokens = np.zeros((len(texts), width), np.int32)
@@ -191,10 +190,11 @@ class Generator:
       row[width - len(text) :] = text
     padding = np.array([width - len(t) for t in texts], np.int32)
     state = self._empty(padding, capacity)
-    starts = range(0, width, chunk)
-    hidden = not what or len(starts) == 1 or None
-    for i in tqdm(starts, desc=what, unit_scale=chunk, unit="tokens", disable=hidden, leave=False):
+    for i in range(0, width, chunk):
       state, logits = self._forward(self.variables, state, tokens[:, i : i + chunk], rope)
+      if progress:
+        logits.block_until_ready()  # what is only dispatched is not done
+        progress((i + chunk) / width)
     return state, logits
 
   def _sizes(self, tokens: int, longest: int) -> tuple[int, int, int]:

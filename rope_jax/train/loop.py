@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 
@@ -18,6 +17,7 @@ from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
 from rope_jax.train import flops, multihost, sharding, state
 from rope_jax.train import step as step_lib
+from rope_jax.train import subject as subject_lib
 from rope_jax.train.checkpoint import Checkpoints
 from rope_jax.train.metrics import Metrics
 from rope_jax.train.optimizer import optimizer, schedule
@@ -134,7 +134,7 @@ def _train(c, workdir: str, mesh) -> dict:
     chunk=c.train.loss_chunk,
     placement=jax.tree.map(lambda x: x.sharding, (trainable, opt_state)),
   )
-  token_loss = step_lib.token_loss(model, chunk=c.train.loss_chunk)
+  subject_of = subject_lib.make(c, mesh, model, text)
   learning_rate = schedule(c.train)
   pending = None
 
@@ -152,7 +152,7 @@ def _train(c, workdir: str, mesh) -> dict:
       metrics.log_training(step, values)
 
   def evaluate_due(step):
-    subject = subject_of(c, mesh, token_loss, {**frozen, **trainable}, text)
+    subject = subject_of({**frozen, **trainable})
     for name in _due(c, step):
       if not metrics.has(step, name):
         metrics.write(step, _flat(name, evals.evaluate(c.evals[name], subject)))
@@ -179,7 +179,7 @@ def _train(c, workdir: str, mesh) -> dict:
   checkpoints.close()
 
   # ---- The evaluations of the end.
-  subject = subject_of(c, mesh, token_loss, {**frozen, **trainable}, text)
+  subject = subject_of({**frozen, **trainable})
   results = _evaluate(c, workdir, subject)
   for name, result in results.items():
     if not metrics.has(c.train.steps, name):  # a finished run may be started again
@@ -218,21 +218,8 @@ def _evaluate_model(c, workdir: str, mesh, has_run: bool) -> dict:
       config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
   if multihost.is_main():
     print(f"{report.rope_line(c)}\nevaluating: {what}", flush=True)
-  token_loss = step_lib.token_loss(Llama(from_config(c)), chunk=c.train.loss_chunk)
-  return _evaluate(c, workdir, subject_of(c, mesh, token_loss, variables, text))
-
-
-def subject_of(c, mesh, token_loss, variables, text) -> evals.Subject:
-  """What evaluations see of a model: its tokenizer and its losses."""
-
-  rope_of = functools.cache(lambda seq_len: resolve.rope(c, seq_len))  # dprope takes its time
-
-  def losses(tokens, seq_len):
-    split = sharding.batch_sharding(mesh, rows=len(tokens))
-    batch = jax.make_array_from_callback(tokens.shape, split, lambda index: tokens[index])
-    return jax.device_get(token_loss(variables, batch, rope_of(seq_len)))
-
-  return evals.Subject(c, text, losses)
+  subject_of = subject_lib.make(c, mesh, Llama(from_config(c)), text)
+  return _evaluate(c, workdir, subject_of(variables))
 
 
 def load_tokenizer(c, workdir: str):

@@ -1,0 +1,74 @@
+"""What evaluations see of a model in training, or of a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from rope_jax import evals, resolve
+from rope_jax.model.generate import Generator
+from rope_jax.model.llama import Llama
+from rope_jax.train import sharding
+from rope_jax.train.step import token_loss
+
+
+def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
+  """The function variables -> Subject; what it compiles is kept for the next variables.
+
+  Args:
+    c: a config.
+    mesh: that is set.
+    model: its model.
+    text: its tokenizer.
+  """
+  rope_of = functools.cache(lambda seq_len: resolve.rope(c, seq_len))  # dprope takes its time
+  loss = token_loss(model, chunk=c.train.loss_chunk)
+  generator = Generator(
+    model,
+    None,
+    rope_of,
+    depends_on_length=resolve.depends_on_length(c),
+    on_change=c.generate.on_change,
+    chunk=c.generate.chunk,
+  )
+
+  def subject(variables) -> evals.Subject:
+    def losses(tokens, seq_len):
+      split = sharding.batch_sharding(mesh, rows=len(tokens))
+      batch = jax.make_array_from_callback(tokens.shape, split, lambda index: tokens[index])
+      return jax.device_get(loss(variables, batch, rope_of(seq_len)))
+
+    def generate(prompts, max_new_tokens, *, batch_size=1, what="", **options):
+      generator.variables = variables
+      return _in_batches(generator, prompts, max_new_tokens, batch_size, what, stop, options)
+
+    return evals.Subject(c, text, losses, generate)
+
+  stop = [] if text.eos_id is None else [text.eos_id]
+  return subject
+
+
+def _in_batches(generator, prompts, max_new_tokens, batch_size, what, stop, options) -> list:
+  """Generates for prompts of like lengths together, the longest first: they need most memory."""
+  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+  out: list = [None] * len(prompts)
+  with tqdm(total=len(prompts), desc=what, disable=None if what else True, leave=False,
+            bar_format="{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]") as bar:  # fmt: skip
+    for first in range(0, len(order), batch_size):
+      group = order[first : first + batch_size]
+
+      def progress(share, first=first, group=group):
+        bar.n = first + share * len(group)
+        bar.refresh()
+
+      # A last, smaller group is filled up: another shape would compile again.
+      rows = [prompts[i] for i in group] + [prompts[group[0]]] * (batch_size - len(group))
+      found = generator(rows, max_new_tokens, stop=stop, progress=progress, **options)
+      for i, new in zip(group, found):
+        out[i] = np.asarray(new, np.int32)
+      progress(1.0)
+  return out
