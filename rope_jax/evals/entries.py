@@ -27,7 +27,21 @@ def perplexity(**options) -> ConfigDict:
   return _finished(c, options)
 
 
-ENTRIES = dict(perplexity=perplexity)
+def passkey(**options) -> ConfigDict:
+  """Retrieval of a number hidden in filler (rope_jax/evals/passkey.py)."""
+  c = _entry("passkey")
+  c.lengths = (4096,)  # tokens of the prompt and of what is generated
+  c.rule = "yarn"  # or 'pose': how the filler is counted
+  c.depths = 0  # evenly spaced places of the key; 0: uniformly random ones, as in the papers
+  c.num_samples = 10  # for each length, and each depth
+  c.max_new_tokens = 10
+  c.template = "{prompt}"  # what a chat model wants around the prompt
+  c.seed = 42  # set anew for each length
+  c.batch_size = 1  # prompts at a time
+  return _finished(c, options)
+
+
+ENTRIES = dict(perplexity=perplexity, passkey=passkey)
 
 
 def complete(evals: ConfigDict) -> None:
