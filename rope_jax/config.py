@@ -26,6 +26,7 @@ from rope_jax.evals.entries import (  # noqa: F401 - for configs
   complete,
   passkey,
   perplexity,
+  ruler,
 )
 from rope_jax.weights import RUN_FILE
 

@@ -31,6 +31,7 @@ import numpy as np
 EVALS = dict(
   perplexity="rope_jax.evals.perplexity",
   passkey="rope_jax.evals.passkey",
+  ruler="rope_jax.evals.ruler",
 )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from rope_jax.evals.ruler_tasks import TASKS
+
 
 def perplexity(**options) -> ConfigDict:
   """Perplexity by context length and by position (rope_jax/evals/perplexity.py)."""
@@ -41,7 +43,22 @@ def passkey(**options) -> ConfigDict:
   return _finished(c, options)
 
 
-ENTRIES = dict(perplexity=perplexity, passkey=passkey)
+def ruler(**options) -> ConfigDict:
+  """RULER's tasks but for its question answering (rope_jax/evals/ruler.py)."""
+  c = _entry("ruler")
+  c.lengths = (4096,)  # tokens of the prompt and of what is generated
+  c.tasks = tuple(TASKS)
+  c.num_samples = 50  # for each length and task; RULER has 500
+  # The text that needles are hidden in: as perplexity.files, or '', prose of Python's own manual.
+  c.haystack = ""
+  c.words = ""  # a file with a word on each line, or '', the words of that prose
+  c.template = "{prompt}"  # what a chat model wants around the prompt; the answer begins after it
+  c.seed = 42  # set anew for each length and task
+  c.batch_size = 1  # prompts at a time
+  return _finished(c, options)
+
+
+ENTRIES = dict(perplexity=perplexity, passkey=passkey, ruler=ruler)
 
 
 def complete(evals: ConfigDict) -> None:
