@@ -32,6 +32,7 @@ EVALS = dict(
   perplexity="rope_jax.evals.perplexity",
   passkey="rope_jax.evals.passkey",
   ruler="rope_jax.evals.ruler",
+  needle="rope_jax.evals.needle",
 )
 
 

@@ -58,7 +58,20 @@ def ruler(**options) -> ConfigDict:
   return _finished(c, options)
 
 
-ENTRIES = dict(perplexity=perplexity, passkey=passkey, ruler=ruler)
+def needle(**options) -> ConfigDict:
+  """Perplexity of the answer about a needle in text (rope_jax/evals/needle.py)."""
+  c = _entry("needle")
+  c.files = ""  # as perplexity.files
+  c.start = 0  # character of each document to start at
+  c.lengths = (4096,)  # tokens of the sequence, with the answer
+  c.placement = "start"  # of the needle; or 'spread' over the text
+  c.num_samples = 10
+  c.seed = 42  # set anew for each length
+  c.batch_size = 1  # sequences at a time
+  return _finished(c, options)
+
+
+ENTRIES = dict(perplexity=perplexity, passkey=passkey, ruler=ruler, needle=needle)
 
 
 def complete(evals: ConfigDict) -> None:
