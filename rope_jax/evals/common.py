@@ -6,6 +6,8 @@ import glob
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from rope_jax import config as config_lib
 from rope_jax.errors import check
 
@@ -24,6 +26,11 @@ def check_positive(name: str, entry, keys: str) -> None:
   """Raises ValueError unless these (space-separated) keys of an entry are at least 1."""
   for key in keys.split():
     check(entry[key] >= 1, f"{name}.{key}", entry[key], "at least 1")
+
+
+def check_files(key: str, files: str) -> None:
+  """Raises ValueError for a corpus of the catalogue without its split."""
+  check("/" in files or not files.startswith("tfds:"), key, files, "'tfds:NAME/SPLIT'")
 
 
 def texts(files: str, c) -> Iterator[str]:
@@ -50,10 +57,41 @@ def texts(files: str, c) -> Iterator[str]:
   yield from (documents[i] for i in range(len(documents)))
 
 
+def pieces(entry, tokens: int, subject) -> list[np.ndarray]:
+  """The first pieces of all documents, then their second pieces, and so on, up to num_samples.
+
+  Args:
+    entry: with files, start and num_samples.
+    tokens: of each piece.
+    subject: whose tokenizer and config are used.
+
+  Raises:
+    ValueError: if there are too few.
+  """
+  later: list[list[np.ndarray]] = []
+  found: list[np.ndarray] = []
+  for text in texts(entry.files, subject.config):
+    ids = subject.tokenizer.encode(text[entry.start :])
+    parts = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)]
+    found += parts[:1]
+    later.append(parts[1:])
+    if len(found) == entry.num_samples:
+      return found
+  for round_ in range(max((len(p) for p in later), default=0)):
+    found += [parts[round_] for parts in later if round_ < len(parts)]
+  if len(found) < entry.num_samples:
+    raise ValueError(
+      f"num_samples={entry.num_samples} pieces of {tokens} tokens were asked for, "
+      f"{entry.files or 'the validation split of ' + subject.config.data.source} has {len(found)}"
+    )
+  return found[: entry.num_samples]
+
+
 def interval(successes: float, trials: int) -> tuple[float, float]:
   """Wilson's 95% interval of a share, which stays within [0, 1] and is honest for few trials."""
   z, n = 1.959964, trials
   p = successes / n
   centre = (p + z * z / (2 * n)) / (1 + z * z / n)
   half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-  return max(centre - half, 0.0), min(centre + half, 1.0)
+  # Bounded by p too, which rounding may pass at 0 and 1: error bars must not be negative.
+  return max(min(centre - half, p), 0.0), min(max(centre + half, p), 1.0)

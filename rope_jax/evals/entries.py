@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from rope_jax.evals.ruler_tasks import TASKS
+
 
 def perplexity(**options) -> ConfigDict:
   """Perplexity by context length and by position (rope_jax/evals/perplexity.py)."""
@@ -27,7 +29,49 @@ def perplexity(**options) -> ConfigDict:
   return _finished(c, options)
 
 
-ENTRIES = dict(perplexity=perplexity)
+def passkey(**options) -> ConfigDict:
+  """Retrieval of a number hidden in filler (rope_jax/evals/passkey.py)."""
+  c = _entry("passkey")
+  c.lengths = (4096,)  # tokens of the prompt and of what is generated
+  c.rule = "yarn"  # or 'pose': how the filler is counted
+  c.depths = 0  # evenly spaced places of the key; 0: uniformly random ones, as in the papers
+  c.num_samples = 10  # for each length, and each depth
+  c.max_new_tokens = 10
+  c.template = "{prompt}"  # what a chat model wants around the prompt
+  c.seed = 42  # set anew for each length
+  c.batch_size = 1  # prompts at a time
+  return _finished(c, options)
+
+
+def ruler(**options) -> ConfigDict:
+  """RULER's tasks but for its question answering (rope_jax/evals/ruler.py)."""
+  c = _entry("ruler")
+  c.lengths = (4096,)  # tokens of the prompt and of what is generated
+  c.tasks = tuple(TASKS)
+  c.num_samples = 50  # for each length and task; RULER has 500
+  # The text that needles are hidden in: as perplexity.files, or '', prose of Python's own manual.
+  c.haystack = ""
+  c.words = ""  # a file with a word on each line, or '', the words of that prose
+  c.template = "{prompt}"  # what a chat model wants around the prompt; the answer begins after it
+  c.seed = 42  # set anew for each length and task
+  c.batch_size = 1  # prompts at a time
+  return _finished(c, options)
+
+
+def needle(**options) -> ConfigDict:
+  """Perplexity of the answer about a needle in text (rope_jax/evals/needle.py)."""
+  c = _entry("needle")
+  c.files = ""  # as perplexity.files
+  c.start = 0  # character of each document to start at
+  c.lengths = (4096,)  # tokens of the sequence, with the answer
+  c.placement = "start"  # of the needle; or 'spread' over the text
+  c.num_samples = 10
+  c.seed = 42  # set anew for each length
+  c.batch_size = 1  # sequences at a time
+  return _finished(c, options)
+
+
+ENTRIES = dict(perplexity=perplexity, passkey=passkey, ruler=ruler, needle=needle)
 
 
 def complete(evals: ConfigDict) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from rope_jax.errors import check as expect
 from rope_jax.errors import choice
-from rope_jax.evals.common import check_lengths, check_positive, texts
+from rope_jax.evals.common import check_files, check_lengths, check_positive, pieces
 
 PROTOCOLS = ("sliding", "sliding_all", "truncate")
 
@@ -58,8 +58,7 @@ def validate(name: str, e, c) -> None:
   if e.protocol == "truncate":
     expect(e.document_tokens == 0, f"{name}.document_tokens", e.document_tokens,
            "0 under protocol 'truncate', which reads one window a document")  # fmt: skip
-  if e.files.startswith("tfds:"):
-    expect("/" in e.files, f"{name}.files", e.files, "'tfds:NAME/SPLIT'")
+  check_files(f"{name}.files", e.files)
 
 
 def lengths(entry) -> tuple[int, ...]:
@@ -93,25 +92,7 @@ def windows(
 
 
 def _samples(entry, subject) -> list[np.ndarray]:
-  """The first pieces of all documents, then their second pieces, and so on, up to num_samples."""
-  tokens = entry.document_tokens or max(entry.lengths)
-  later: list[list[np.ndarray]] = []
-  found: list[np.ndarray] = []
-  for text in texts(entry.files, subject.config):
-    ids = subject.tokenizer.encode(text[entry.start :])
-    pieces = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)]
-    found += pieces[:1]
-    later.append(pieces[1:])
-    if len(found) == entry.num_samples:
-      return found
-  for round_ in range(max((len(p) for p in later), default=0)):
-    found += [pieces[round_] for pieces in later if round_ < len(pieces)]
-  if len(found) < entry.num_samples:
-    raise ValueError(
-      f"num_samples={entry.num_samples} pieces of {tokens} tokens were asked for, "
-      f"{entry.files or 'the validation split of ' + subject.config.data.source} has {len(found)}"
-    )
-  return found[: entry.num_samples]
+  return pieces(entry, entry.document_tokens or max(entry.lengths), subject)
 
 
 def _at_length(entry, subject, samples, length: int) -> dict:
