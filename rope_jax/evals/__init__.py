@@ -26,7 +26,7 @@ import numpy as np
 # type of an entry -> module with
 #   validate(name, entry, config): raises ValueError for settings, before anything is read;
 #   check(entry, subject): raises ValueError if the data is not there;
-#   lengths(entry): tokens of the sequences that it runs;
+#   lengths(entry): tokens of the sequences that it runs at once, which the mesh must divide;
 #   evaluate(entry, subject): the result, for JSON.
 EVALS = dict(
   perplexity="rope_jax.evals.perplexity",
@@ -86,5 +86,5 @@ def check(config, tokenizer) -> None:
 
 
 def lengths(config) -> list[int]:
-  """Tokens of all the sequences that the evaluations of a config run."""
+  """Tokens of all the sequences that the evaluations of a config run at once."""
   return sorted({n for entry in config.evals.values() for n in module(entry.type).lengths(entry)})
