@@ -83,6 +83,11 @@ def test_runs_and_evaluations_keep_their_order():
   assert html.page(RESULTS) == html.page(json.loads(json.dumps(RESULTS)))
 
 
+def test_results_files_keep_the_order_in_which_they_were_made(tmp_path):
+  config.write_json(str(tmp_path / "results.json"), RESULTS)
+  assert list(results_lib.read([tmp_path])[0]) == list(RESULTS)
+
+
 def test_every_value_is_in_the_page_as_in_the_tables_on_the_screen():
   texts = {e["text"] for e in page().all("td")}
   for by_name in RESULTS.values():
@@ -135,7 +140,7 @@ def test_results_with_tasks_depths_positions_or_none_of_them():
     "zero, accuracy by depth", "a tuned, accuracy by depth"
   ]  # fmt: skip
   charts = [e["aria-label"] for e in dom.all("svg") if "aria-label" in e]
-  assert charts == ["By length", "By position, window of 1,024 tokens"] + 2 * ["By length"]
+  assert charts == ["By length", "By position in 1,024 tokens"] + 2 * ["By length"]
   plain = browser.Dom(html.page({"x": dict(harness=VALUES), "y": dict(harness=VALUES, empty={})}))
   assert not plain.all("figure") and [e["text"] for e in plain.all("h2")] == ["harness"]
   assert "odd perplexity" not in plain.html and "odd <small>word_perplexity" in plain.html
@@ -170,6 +175,17 @@ def test_values_that_are_not_finite_or_huge_do_not_break_the_page():
   assert bold(browser.Dom(text), "p") == {
     "64": set(), "128": {"good"}, "256": {"good"}, "1,024": set()
   }  # fmt: skip
+
+
+def test_runs_that_broke_do_not_flatten_the_others():
+  runs = {"a": dict(p=perplexity(7.0)), "b": dict(p=perplexity(7.5))}
+  assert html.page(runs).count("without what broke") == 0
+  dom = browser.Dom(html.page({**runs, "broke": dict(p=perplexity(900.0))}))
+  closer = [e for e in dom.all("svg") if e.get("aria-label", "").endswith("without what broke")]
+  assert len(closer) == 2  # by length and by position
+  for chart in closer:
+    drawn = {e["data-run"] for e in dom.all("g") if chart in e["inside"] and "data-run" in e}
+    assert drawn == {"0", "1"}
 
 
 # ---- From workdirs.

@@ -28,8 +28,8 @@ def section(
   if tasks:
     table = _values(tasks, columns, numbers)
     out.append(f"<details><summary>{len(tasks)} tasks</summary>{table}</details>")
-  figures = [_by_length(by_run, numbers, contexts), *_by_position(by_run, numbers, contexts)]
-  figures = "".join(f"<figure>{figure}</figure>" for figure in figures if figure)
+  figures = _by_length(by_run, numbers, contexts) + _by_position(by_run, numbers, contexts)
+  figures = "".join(f"<figure>{figure}</figure>" for figure in figures)
   out += [f'<div class="figures">{figures}</div>'] * bool(figures)
   depths = _depths(by_run, numbers)
   for task, of_task in tasks.items():
@@ -105,16 +105,17 @@ def _cell(r: dict | None, best: bool) -> str:
   value, sure = report.shown(r)
   number = r[r["metric"]]
   better = "lower" if results_lib.lower_is_better(r["metric"]) else "higher"
-  known = "" if math.isnan(number) else f' data-value="{number!r}" data-better="{better}"'
+  known = f' data-value="{number!r}" data-better="{better}"'.replace('"inf"', '"Infinity"')
+  known = "" if math.isnan(number) else known
   what = f' title="{r["samples"]:,} samples"' if isinstance(r.get("samples"), int) else ""
   mark = ' class="best"' * best
   return f"<td{mark}{known}{what}>{value}" + (f" <small>{sure}</small>" if sure else "") + "</td>"
 
 
-def _by_length(by_run, numbers, contexts) -> str:
+def _by_length(by_run, numbers, contexts) -> list[str]:
   lengths = results_lib.lengths(by_run)
   if len(lengths) < 2:
-    return ""  # one point each: the table says it
+    return []  # one point each: the table says it
   curves, metric = {}, ""
   for run, columns in by_run.items():
     found = [(int(n), columns[n]) for n in lengths if n in columns]
@@ -122,15 +123,8 @@ def _by_length(by_run, numbers, contexts) -> str:
     curves[numbers[run]] = [
       _point(n, r, r["metric"], f"{run or 'run'}, {n:,} tokens: {report.cell(r)}") for n, r in found
     ]
-  return svg.chart(
-    curves,
-    title="By length",
-    x_label="length (tokens)",
-    y_label=_metric(metric),
-    metric=metric,
-    x_ticks=[int(n) for n in lengths],
-    lines=contexts,
-  )
+  ticks = [int(n) for n in lengths]
+  return _charts(curves, metric, "By length", "length (tokens)", lines=contexts, x_ticks=ticks)
 
 
 def _by_position(by_run, numbers, contexts) -> list[str]:
@@ -149,18 +143,22 @@ def _by_position(by_run, numbers, contexts) -> list[str]:
         )
         for p in parts
       ]
-    window = f"window of {int(column):,} tokens" if column.isdigit() else column
-    out.append(
-      svg.chart(
-        curves,
-        title=f"By position, {window}",
-        x_label="position (tokens)",
-        y_label=_metric(metric),
-        metric=metric,
-        lines=contexts,
-      )
-    )
+    window = f"{int(column):,} tokens" if column.isdigit() else column
+    title = f"By position in {window}"
+    out += _charts(curves, metric, title, "position (tokens)", lines=contexts)
   return out
+
+
+def _charts(curves: dict[int, list], metric: str, title: str, x_label: str, **options) -> list[str]:
+  """A chart of all runs; if some broke, another of the rest, which are one line in the first."""
+  worst = {run: max(p.value for p in points) for run, points in curves.items() if points}
+  fine = {run: curves[run] for run, v in worst.items() if v < 3 * min(worst.values())}
+  options |= dict(x_label=x_label, y_label=_metric(metric), metric=metric)
+  charts = [svg.chart(curves, title=title, **options)]
+  perplexities = results_lib.scale(metric, worst.values()) == "log" if worst else False
+  if perplexities and 1 < len(fine) < len(worst):
+    charts.append(svg.chart(fine, title=f"{title}, without what broke", **options))
+  return list(filter(None, charts))
 
 
 def _point(x: float, r: dict, metric: str, text: str) -> svg.Point:
