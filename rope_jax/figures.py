@@ -136,7 +136,8 @@ def heatmap(results: dict[str, dict], path: str) -> None:
   figure.supxlabel("length (tokens)", fontsize=9)
   figure.supylabel("depth", fontsize=9)
   bar = figure.colorbar(image, ax=grid, shrink=0.9)
-  bar.set_label({"ppl": "perplexity"}.get(metric, metric) if share else "worst to best")
+  what = report.metric({"": {"metric": metric}})
+  bar.set_label(what if share else f"{what}, worst to best")
   if not share:
     bar.set_ticks([])
   figure.savefig(path, dpi=120)
