@@ -24,7 +24,7 @@ def run(main) -> None:
     main(_CONFIG.value, "-".join(filter(None, [name, arguments.replace(os.sep, "_")])))
 
   try:
-    app.run(start, flags_parser=_parse)
+    app.run(start, flags_parser=parse)
   except FloatingPointError as error:
     fail(error)
   except ValueError as error:
@@ -94,11 +94,33 @@ def define_workdir():
   return workdir
 
 
-def write_results(results: dict, workdir: str) -> None:
-  """DIR/results.json: the results of the run, or of each run by name."""
-  from rope_jax.config import write_json
+def define_report():
+  """Defines --report; its value is whether to write DIR/report.html."""
+  return flags.DEFINE_bool("report", False, "Write an HTML page of the results to the workdir.")
 
-  write_json(os.path.join(workdir, "results.json"), results.get("", results))
+
+def finish(results: dict, runs: dict, workdir: str, html: bool) -> None:
+  """Shows the results of the run, or of each run by name: on the screen, as files in the workdir.
+
+  Args:
+    results: {run: {evaluation: ...}}.
+    runs: their configs by name.
+    workdir: gets results.json, a figure of each evaluation by length, and another by depth.
+    html: whether it gets report.html, too.
+  """
+  from rope_jax import config, figures, report
+
+  print("\n" + report.table(results))
+  paths = [os.path.join(workdir, "results.json")]
+  config.write_json(paths[0], results.get("", results))
+  contexts = [run.rope.original_context for run in runs.values()]
+  paths += figures.write(results, workdir, original_contexts=contexts)
+  if html:
+    from rope_jax import html as html_lib
+
+    paths.append(os.path.join(workdir, "report.html"))
+    html_lib.write([workdir], paths[-1])
+  print("\n" + "\n".join(paths))
 
 
 def _config_argument() -> tuple[str, str]:
@@ -111,7 +133,8 @@ def _config_argument() -> tuple[str, str]:
   return "", ""
 
 
-def _parse(argv):
+def parse(argv):
+  """Parses the flags; bad ones exit with 2."""
   file, _ = _config_argument()
   if file and not os.path.exists(file):
     fail(f"--config={file}: no such file")

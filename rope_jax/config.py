@@ -340,7 +340,7 @@ def _is_free(key: str) -> bool:
 
 
 def write_json(path: str, value) -> None:
-  """Writes JSON so that the file is whole at every moment."""
+  """Writes JSON so that the file is whole at every moment; keys stay in their order."""
   with open(path + ".tmp", "w") as f:
-    json.dump(value, f, indent=1, sort_keys=True)
+    json.dump(value, f, indent=1)
   os.replace(path + ".tmp", path)

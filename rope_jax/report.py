@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from rope_jax import resolve
+from rope_jax import results as results_lib
 
 
 def rope_line(c, seq_len: int | None = None) -> str:
   """The resolved rope in one line, for a sequence of `seq_len` tokens where that matters."""
-  r = resolve.describe(c, seq_len)
+  return described_line(resolve.describe(c, seq_len))
+
+
+def described_line(r: dict) -> str:
+  """The same from what `resolve.describe` gives, which rope.json holds."""
   line = "rope: untouched" if r["scaling"] == "none" else f"rope: {r['scaling']}"
   line += f" x{r['factor']:g}" if r["factor"] != 1 else ""
   line += " over the checkpoint's own" if r["base"] == "checkpoint" else ""
@@ -62,12 +67,16 @@ def table(results: dict[str, dict]) -> str:
 
 def cell(r: dict | None) -> str:
   """A value and how sure it is: 12.345 ± 0.123, or 0.80 [0.49, 0.94]."""
-  if not r:
-    return ""
-  value = r[r["metric"]]
+  return " ".join(filter(None, shown(r))) if r else ""
+
+
+def shown(r: dict) -> tuple[str, str]:
+  """A value, and how sure it is, '' if unknown: ("12.345", "± 0.123"), ("0.80", "[0.49, 0.94]")."""
+  value, digits = r[r["metric"]], 3 if "stderr" in r else 2
+  text = f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"  # a model that broke
   if "stderr" in r:
-    return f"{value:.3f} ± {r['stderr']:.3f}"
-  return f"{value:.2f}" + (f" [{r['low']:.2f}, {r['high']:.2f}]" if "low" in r else "")
+    return text, f"± {r['stderr']:.3f}" if abs(value) < 1e6 else f"± {r['stderr']:.3g}"
+  return text, f"[{r['low']:.2f}, {r['high']:.2f}]" if "low" in r else ""
 
 
 def rows(results: dict[str, dict]) -> dict[str, dict]:
@@ -91,6 +100,8 @@ def reach(columns: dict[str, dict]) -> int | None:
   longest = 0
   if not columns or any("threshold" not in r for r in columns.values()):
     return None
+  if not all(c.isdigit() for c in columns):
+    return None  # not lengths
   for column in sorted(columns, key=int):
     r = columns[column]
     if r[r["metric"]] < r["threshold"]:
@@ -108,9 +119,7 @@ def _table(name: str, results: dict[str, dict]) -> str:
   results = {run: columns for run, columns in results.items() if columns}
   if not results:
     return f"{name}: no results"
-  columns = list(dict.fromkeys(c for r in results.values() for c in r))
-  if all(c.isdigit() for c in columns):
-    columns.sort(key=int)
+  columns = results_lib.columns(results)
   what = metric(next(iter(results.values())))
   heading = f"{what} at" if what == name else f"{name}: {what} at"
   reaches = {run: reach(r) for run, r in results.items()}

@@ -10,7 +10,7 @@ in tokens, and besides the value there may be
   "by_position": [{"start", "end", ...}] the same for parts of the sequence, in tokens
   "by_depth": [{"depth", ...}]           the same for places of what is to be found, in [0, 1]
 
-so that tables, figures and reports (`rope_jax.report`, `plots`, `html`) need to know no type.
+so that tables, figures and pages (`rope_jax.report`, `figures`, `html`) need to know no type.
 """
 
 from __future__ import annotations

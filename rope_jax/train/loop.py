@@ -95,7 +95,8 @@ def _train(c, workdir: str, mesh) -> dict:
 
   # ---- All that could be wrong has been found: the directory is ours.
   if multihost.is_main():
-    config_lib.write(c, workdir, **facts)
+    sizes = dict(parameters=count(frozen) + count(trainable), trained_parameters=count(trainable))
+    config_lib.write(c, workdir, **facts, **sizes)
     config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c, r=rope))
 
   # ---- Resume: the newest whole checkpoint of this run, if there is one.

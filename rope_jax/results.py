@@ -1,0 +1,184 @@
+"""Results as data: read from workdirs, and what tables, figures and reports ask of them.
+
+All goes by the form of a result (`rope_jax.evals`); nothing here knows a type of evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+
+from rope_jax.weights import RUN_FILE
+
+RESULTS_FILE = "results.json"
+# Red, yellow, green (sRGB), worst to best: pale enough for dark numbers on them.
+COLOURS = ((238, 128, 114), (253, 226, 147), (126, 200, 122))
+
+
+def read(directories: Iterable[str]) -> tuple[dict[str, dict], dict[str, dict]]:
+  """Results and facts of the runs and comparisons in some workdirs, by the name of the run.
+
+  A run is named after its directory; one of a comparison by its own name, with the directory of
+  the comparison before it where there are other directories.
+
+  Returns:
+    ({run: {evaluation: {column: ...}}}, {run: facts}), the facts as of `facts`.
+
+  Raises:
+    ValueError: for a directory without results, or given twice.
+  """
+  directories = list(directories)
+  labels = [os.path.basename(os.path.abspath(d)) for d in directories]
+  results, about = {}, {}
+  for directory, label in zip(directories, labels):
+    label = label if labels.count(label) == 1 else os.path.normpath(directory)
+    found = _read(directory)
+    if is_comparison(found):
+      prefix = "" if len(directories) == 1 else f"{label}/"
+      runs = {f"{prefix}{name}": (name, run) for name, run in found.items()}
+    else:
+      runs = {label: ("", found)}
+    for name, (inside, run) in runs.items():
+      if name in results:
+        raise ValueError(f"{directory}: there are results of {name!r} already; give it only once")
+      results[name], about[name] = run, facts(os.path.join(directory, inside))
+  return results, about
+
+
+def is_comparison(results: dict) -> bool:
+  """Whether these are {run: {evaluation: ...}}, and not {evaluation: ...} of one run."""
+  columns = [c for level in results.values() for c in level.values()]
+  return bool(columns) and all("metric" not in c for c in columns)
+
+
+def facts(directory: str) -> dict:
+  """What a workdir says of its run: {"rope": rope.json, "run": run.json, "step": ...}.
+
+  What is not there is left out; `step` is that of the newest checkpoint.
+  """
+  out = {}
+  for key, name in (("rope", "rope.json"), ("run", RUN_FILE)):
+    if os.path.exists(path := os.path.join(directory, name)):
+      with open(path) as f:
+        out[key] = json.load(f)
+  checkpoints = os.path.join(directory, "checkpoints")
+  steps = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+  steps = [int(name) for name in steps if name.isdigit()]  # others are not whole yet
+  return out | ({"step": max(steps)} if steps else {})
+
+
+def evaluations(results: dict[str, dict]) -> dict[str, dict]:
+  """{run: {evaluation: columns}} as {evaluation: {run: columns}}, without what is empty."""
+  out: dict[str, dict] = {}
+  for run, by_name in results.items():
+    for name, by_column in by_name.items():
+      if by_column:
+        out.setdefault(name, {})[run] = by_column
+  return out
+
+
+def columns(by_run: dict[str, dict]) -> list[str]:
+  """All columns of {run: {column: ...}}: lengths by size, others in order."""
+  found = list(dict.fromkeys(c for r in by_run.values() for c in r))
+  return sorted(found, key=int) if all(c.isdigit() for c in found) else found
+
+
+def lengths(by_run: dict[str, dict]) -> list[str]:
+  """Those of the columns that are lengths in tokens, by size."""
+  return sorted((c for c in columns(by_run) if c.isdigit()), key=int)
+
+
+def tasks(by_run: dict[str, dict]) -> dict[str, dict]:
+  """{task: {run: {column: ...}}} of one evaluation."""
+  out: dict[str, dict] = {}
+  for run, by_column in by_run.items():
+    for column, r in by_column.items():
+      for task, t in r.get("tasks", {}).items():
+        out.setdefault(task, {}).setdefault(run, {})[column] = t
+  return out
+
+
+def parts(by_run: dict[str, dict], key: str) -> dict[str, dict]:
+  """{column: {run: parts}} of what has "by_position" or "by_depth", whichever is the key."""
+  out: dict[str, dict] = {}
+  for column in columns(by_run):
+    for run, by_column in by_run.items():
+      r = by_column.get(column, {})
+      found = [part for part in r.get(key, ()) if r["metric"] in part]
+      if found:
+        out.setdefault(column, {})[run] = found
+  return out
+
+
+def positions(by_run: dict[str, dict]) -> dict[str, dict]:
+  """{column: {run: parts}} by position, of the lengths only the longest that has it."""
+  found = parts(by_run, "by_position")
+  shorter = [c for c in found if c.isdigit()]
+  longest = max(shorter, key=int, default=None)
+  return {c: runs for c, runs in found.items() if not c.isdigit() or c == longest}
+
+
+def interval(r: dict, metric: str | None = None) -> tuple[float, float]:
+  """From where to where a value may be: a standard error either way, or its own interval."""
+  value = r[metric or r["metric"]]
+  error = r.get("stderr", 0.0)
+  return r.get("low", value - error), r.get("high", value + error)
+
+
+def lower_is_better(metric: str) -> bool:
+  """Of perplexities, losses and errors; all other values are better higher."""
+  words = ("ppl", "perplexity", "nll", "loss", "bits", "error")
+  return any(word in metric.lower() for word in words)
+
+
+def scale(metric: str, values: Iterable[float]) -> str:
+  """How values are drawn: 'log' (perplexities), 'share' (all in [0, 1]) or 'linear'."""
+  values = list(values)
+  if any(word in metric.lower() for word in ("ppl", "perplexity")) and min(values) > 0:
+    return "log"
+  inside = all(0 <= v <= 1 for v in values)
+  return "share" if inside and not lower_is_better(metric) else "linear"
+
+
+def goodness(metric: str, values: Iterable[float]) -> Callable[[float], float]:
+  """A map of values to [0, 1], worst to best: shares are themselves, others by their range."""
+  values = [v for v in values if math.isfinite(v)] or [1.0]
+  kind = scale(metric, values)
+  if kind == "share":
+    return lambda v: v
+  place = math.log if kind == "log" else float
+  low, high = place(min(values)), place(max(values))
+  if low == high:
+    return lambda v: 1.0
+  sign = -1 if lower_is_better(metric) else 1
+  return lambda v: min(max(0.5 + sign * ((place(v) - low) / (high - low) - 0.5), 0.0), 1.0)
+
+
+def best(by_run: dict[str, dict], column: str) -> set[str]:
+  """The runs with the best value of a column; none where there is nothing to compare."""
+  found = {run: r[column] for run, r in by_run.items() if column in r}
+  values = {run: v for run, r in found.items() if not math.isnan(v := r[r["metric"]])}
+  if len(values) < 2 or len({r["metric"] for r in found.values()}) > 1:
+    return set()
+  metric = next(iter(found.values()))["metric"]
+  top = (min if lower_is_better(metric) else max)(values.values())
+  return {run for run, v in values.items() if v == top}
+
+
+def _read(directory: str) -> dict:
+  path = os.path.join(directory, RESULTS_FILE)
+  again = "run launch/train.py or launch/eval.py with this --workdir"
+  if not os.path.exists(path):
+    raise ValueError(f"{directory}: there is no {RESULTS_FILE}; {again}")
+  try:
+    with open(path) as f:
+      found = json.load(f)
+    runs = found.values() if is_comparison(found) else [found]
+    for by_column in (by_column for run in runs for by_column in run.values()):
+      for r in by_column.values():
+        float(r[r["metric"]])
+  except (AttributeError, KeyError, TypeError, ValueError):
+    raise ValueError(f"{path} is not of this version's form; {again}") from None
+  return found
