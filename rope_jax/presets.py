@@ -70,6 +70,34 @@ def smollm2_135m(c: ConfigDict) -> None:
   )
 
 
+def posgen_decoder(c: ConfigDict) -> None:
+  """The decoder of Resonance RoPE's PosGen: two layers of the size of T5-Small, ours inside.
+
+  Theirs (arXiv 2403.00071 section 6.1, sheryc/resonance_rope) is T5's, as far as it differs from
+  this one: ReLU of 2,048 channels, where d_ff = 1,366 of SwiGLU has as many parameters; attention
+  scores not divided by sqrt(d); dropout 0.1; embeddings of variance 1, the last hidden state times
+  d_model^-0.5; rotation of neighbouring channels, which is the same but for their order.
+  """
+  c.init_from = ""
+  c.tokenizer = "posgen"
+  c.rope.theta = 10_000.0
+  # The last token of a sequence of 64 is only ever a target: positions 0 (EOS) .. 63 are trained.
+  c.rope.original_context = 64
+  c.rope.context = 256
+  c.model.update(
+    vocab_size=22,
+    num_layers=2,
+    d_model=512,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    d_ff=1366,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    remat="none",
+  )
+
+
 def tiny() -> ConfigDict:
   """A byte-level Llama with a window of 128 tokens that trains in minutes on a laptop."""
   c = config.base()

@@ -18,6 +18,9 @@ def described_line(r: dict) -> str:
   line = "rope: untouched" if r["scaling"] == "none" else f"rope: {r['scaling']}"
   line += f" x{r['factor']:g}" if r["factor"] != 1 else ""
   line += " over the checkpoint's own" if r["base"] == "checkpoint" else ""
+  line += (
+    " in evaluations only" if r.get("training") == "unscaled" and r["scaling"] != "none" else ""
+  )
   line += ", resonance" if r["resonance"] else ""
   line += f", phase {r['phase']}" if r["phase"] != "none" else ""
   line += f", at {r['seq_len']:,} tokens" if "seq_len" in r else ""
@@ -56,12 +59,14 @@ def frequency_table(described: dict) -> str:
 def table(results: dict[str, dict]) -> str:
   """Results of {run: {evaluation: {column: ...}}}, a table for each evaluation, a row for each run.
 
-  Where the value of a column is the mean of tasks, these have rows of their own.
+  Where the value of a column is the mean of tasks, these have rows of their own; where a column
+  asks to show its parts by position, these have a table of their own.
   """
   names = list(dict.fromkeys(name for evaluations in results.values() for name in evaluations))
-  tables = [
-    _table(name, {run: e[name] for run, e in results.items() if name in e}) for name in names
-  ]
+  tables = []
+  for name in names:
+    of_name = {run: e[name] for run, e in results.items() if name in e}
+    tables += [_table(name, of_name), *_curves(name, of_name)]
   return "\n\n".join(tables) or "no evaluations"
 
 
@@ -121,7 +126,8 @@ def _table(name: str, results: dict[str, dict]) -> str:
     return f"{name}: no results"
   columns = results_lib.columns(results)
   what = metric(next(iter(results.values())))
-  heading = f"{what} at" if what == name else f"{name}: {what} at"
+  heading = what if what == name else f"{name}: {what}"
+  heading += " at" if all(c.isdigit() for c in columns) else ""
   reaches = {run: reach(r) for run, r in results.items()}
   reached = any(x is not None for x in reaches.values())
   cells = [[heading, *(f"{int(c):,}" if c.isdigit() else c for c in columns)]]
@@ -130,6 +136,33 @@ def _table(name: str, results: dict[str, dict]) -> str:
     longest = reaches.get(label)
     cells.append([label or "-", *(cell(by_column.get(c)) for c in columns)])
     cells[-1] += ["" if longest is None else f"{longest:,}" if longest else "-"] * reached
+  return _grid(cells)
+
+
+def _curves(name: str, results: dict[str, dict]) -> list[str]:
+  """Tables of the columns that show their parts by position: a row a part, a column a run."""
+  tables = []
+  for column in dict.fromkeys(c for r in results.values() for c in r):
+    of_run = {run: r[column] for run, r in results.items() if column in r}
+    shown = {run: r for run, r in of_run.items() if r.get("show") == "by_position"}
+    parts: dict[tuple, dict] = {}
+    for run, r in shown.items():
+      for part in r["by_position"]:
+        parts.setdefault((part["start"], part["end"]), {})[run] = dict(part, metric=r["metric"])
+    if parts:
+      what = next(iter(shown.values()))["metric"]
+      rows = [
+        [f"tokens {start:,} .. {end - 1:,}", *(cell(by_run.get(run)) for run in shown)]
+        for (start, end), by_run in sorted(parts.items())
+      ]
+      tables.append(
+        _grid([[f"{name}: {what} by position", *(run or what for run in shown)], *rows])
+      )
+  return tables
+
+
+def _grid(cells: list[list[str]]) -> str:
+  """Rows of cells, the first a heading, as aligned text."""
   widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
   lines = [
     "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])

@@ -78,7 +78,8 @@ def _own_rope(c: ConfigDict, plain: rope_lib.Rope) -> rope_lib.Rope:
   check(kind in ("hf", "run"), "rope.base", c.rope.base,
         "'plain' unless init_from is a Hugging Face directory or the workdir of a run")  # fmt: skip
   if kind == "run":
-    own = rope(config.read(path))
+    source = config.read(path)
+    own = rope(source) if source.train.rope == "scaled" else _unscaled(source)
   else:
     with open(os.path.join(path, "config.json")) as f:
       hf = json.load(f)
@@ -107,6 +108,8 @@ def training_rope(c: ConfigDict, time: int = 1) -> rope_lib.Rope:
     time: CLEX's t of this step.
   """
   kind, length = c.data.positions, config.train_length(c)
+  if c.train.rope == "unscaled":
+    return _unscaled(c)
   if kind == "e2_llm":
     return base(c)  # the scales are in the positions; the config's rope is for inference
   if kind in ("pose", "randomised"):
@@ -119,6 +122,11 @@ def training_rope(c: ConfigDict, time: int = 1) -> rope_lib.Rope:
   # Short segments: what the method gives to so few tokens, or else the untouched base.
   own = depends_on_length(c)
   return dataclasses.replace(long, short=rope(c, c.rope.original_context) if own else base(c))
+
+
+def _unscaled(c: ConfigDict) -> rope_lib.Rope:
+  """The base, with whole wavelengths if rope.resonance: as if there were no rope.scaling."""
+  return rope_lib.resonance(base(c)) if c.rope.resonance else base(c)
 
 
 def depends_on_length(c: ConfigDict) -> bool:
@@ -137,14 +145,17 @@ def describe(c: ConfigDict, seq_len: int | None = None, r: rope_lib.Rope | None 
   For screen and JSON; an infinite wavelength is None.
   """
   length = None if r is not None else c.rope.context if seq_len is None else seq_len
+  trained_unscaled = r is not None and c.train.rope == "unscaled"
+  scaling = "none" if trained_unscaled else c.rope.scaling
   r = rope(c, length) if r is None else r
-  parameters = inspect.signature(rope_lib.SCALINGS[c.rope.scaling]).parameters
+  parameters = inspect.signature(rope_lib.SCALINGS[scaling]).parameters
   out = dict(
     base=c.rope.base,
-    scaling=c.rope.scaling,
+    scaling=scaling,
     factor=float(factor(c)) if {"factor", "seq_len"} & set(parameters) else 1.0,
     resonance=c.rope.resonance,
     phase=c.rope.phase,
+    training=c.train.rope,
     theta=c.rope.theta,
     head_dim=c.model.head_dim,
     original_context=c.rope.original_context,

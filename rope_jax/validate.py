@@ -9,8 +9,8 @@ import jax
 from ml_collections import ConfigDict
 
 from rope_jax import evals, resolve
-from rope_jax.config import train_length
-from rope_jax.data import POSITIONS
+from rope_jax.config import base, train_length
+from rope_jax.data import POSITIONS, posgen
 from rope_jax.errors import check, choice
 from rope_jax.model.config import ATTENTION, CONTEXT_PARALLEL, LORA_TARGETS, ON_CHANGE, REMAT
 from rope_jax.weights import locate
@@ -90,6 +90,13 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
   check(d.length <= c.rope.context, "data.length", d.length,
          f"at most rope.context={c.rope.context}")  # fmt: skip
   _positions(c)
+  choice("train.rope", t.rope, ("scaled", "unscaled"))
+  if t.rope == "unscaled":
+    check(c.rope.scaling != "none", "train.rope", t.rope,
+          "'scaled': rope.scaling='none' scales nothing")  # fmt: skip
+    check(d.positions == "sequential", "train.rope", t.rope,
+          f"'scaled': data.positions={d.positions!r} says itself with which rope")  # fmt: skip
+  posgen.validate(c, base().data.posgen)
   if not d.source.startswith("tfds:"):
     check(not d.text_key, "data.text_key", d.text_key, "'' unless data.source is 'tfds:NAME'")
   choice("generate.on_change", c.generate.on_change, ON_CHANGE)
@@ -145,9 +152,9 @@ def _positions(c: ConfigDict) -> None:
 def _inputs(c: ConfigDict) -> None:
   """Whether weights, tokenizer and text are there."""
   source = c.data.source
-  there = source == "stdlib" or source.startswith("tfds:") or os.path.exists(source)
+  there = source in ("stdlib", "posgen") or source.startswith("tfds:") or os.path.exists(source)
   check(there or glob.glob(source, recursive=True), "data.source", source,
-         "'stdlib', 'tfds:NAME', or an existing folder, file or glob")  # fmt: skip
+         "'stdlib', 'tfds:NAME', 'posgen', or an existing folder, file or glob")  # fmt: skip
   if c.init_from and not c.init_from.startswith("run:"):
     try:
       locate(c.init_from)
@@ -155,7 +162,7 @@ def _inputs(c: ConfigDict) -> None:
       raise ValueError(f"config.init_from={c.init_from!r}: {error}") from None
   if not c.init_from:
     check(c.tokenizer, "tokenizer", c.tokenizer, "named ('byte' or a path), with no init_from")
-  if c.tokenizer not in ("", "byte"):
+  if c.tokenizer not in ("", "byte", "posgen"):
     check(os.path.exists(c.tokenizer), "tokenizer", c.tokenizer, "'byte' or an existing path")
   for name, entry in c.evals.items():
     for pattern in filter(None, entry.get("files", "").split(",")):

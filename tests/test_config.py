@@ -17,6 +17,11 @@ from rope_jax.evals import EVALS
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 ARGUMENTS = {
   "smollm2_16k": ["scaling=pi,phase=none", "scaling=none,phase=none,rank=0", "runlocal"],
+  "posgen": [
+    "task=semi_recursive,scaling=yarn,resonance=True",
+    "task=cot,scaling=yarn,yarn=test_only,yarn_length=257,mode=combinations,layers=6",
+    "task=recursive,scaling=pi,yarn=test_only,runlocal",
+  ],
   "psc_64k": ["scaling=pi", "phase=none,rank=72", "scaling=ntk"],
 }
 

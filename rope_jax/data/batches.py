@@ -27,7 +27,7 @@ class Batches:
   has no weight. 'document' puts one document in each sequence, cut or padded (PSC's recipe).
 
   Args:
-    store: tokenised documents.
+    store: tokenised documents. Under 'document', its `unscored` first targets have no weight.
     length: tokens of a sequence.
     batch_size: sequences of a global batch.
     packing: 'pack' or 'document'.
@@ -86,17 +86,18 @@ class Batches:
   def _sequence(self, number: int) -> dict[str, np.ndarray]:
     epoch, index = divmod(number, self.per_epoch)
     order, starts = self._epoch(epoch)
-    pieces = []
     if self.packing == "document":
-      pieces = [self.store.slice(order[index], 0, self.length + 1)]
-    else:
-      first, need = index * self.length, self.length + 1
-      i = int(np.searchsorted(starts, first, side="right")) - 1
-      start = first - starts[i]
-      while need:
-        ids = self.store.slice(order[i], start, start + need)
-        pieces.append(ids)
-        need, i, start = need - len(ids), i + 1, 0
+      sequence = _join([self.store.slice(order[index], 0, self.length + 1)], self.length)
+      sequence["weights"][: self.store.unscored] = 0
+      return sequence
+    pieces = []
+    first, need = index * self.length, self.length + 1
+    i = int(np.searchsorted(starts, first, side="right")) - 1
+    start = first - starts[i]
+    while need:
+      ids = self.store.slice(order[i], start, start + need)
+      pieces.append(ids)
+      need, i, start = need - len(ids), i + 1, 0
     return _join(pieces, self.length)
 
   def _skipping(self, numbers) -> list[dict[str, np.ndarray]]:

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from rope_jax.data.posgen import PosGenTokenizer
 from rope_jax.weights import locate
 
 
@@ -52,19 +53,25 @@ class Tokenizer:
     return self._tokenizer.decode([int(i) for i in ids])
 
 
-def load(name: str, init_from: str = "") -> ByteTokenizer | Tokenizer:
+def load(name: str, init_from: str = "", modulus: int = 0):
   """The tokenizer of a config.
 
   Args:
-    name: 'byte', a tokenizer.json or a directory with one, a .gguf file, or '' for the one of
-      init_from.
+    name: 'byte', 'posgen', a tokenizer.json or a directory with one, a .gguf file, or '' for the
+      one of init_from.
     init_from: a checkpoint; see `rope_jax.weights.locate`.
+    modulus: of PosGen.
+
+  Returns:
+    A `ByteTokenizer`, a `PosGenTokenizer` or a `Tokenizer`, which have the same attributes.
 
   Raises:
     ValueError: if there is none, or it is of a kind that is not supported.
   """
   if name == "byte":
     return ByteTokenizer()
+  if name == "posgen":
+    return PosGenTokenizer(modulus)
   path = name
   if not name:
     kind, path = locate(init_from)

@@ -16,7 +16,10 @@ class TokenStore:
 
   Attributes:
     lengths: [documents] tokens of each.
+    unscored: tokens at the start of each, after BOS, that training does not score.
   """
+
+  unscored = 0
 
   def __init__(self, path: str):
     self.offsets = np.load(os.path.join(path, "offsets.npy"))

@@ -8,6 +8,7 @@ in tokens, and besides the value there may be
   "threshold"                            the value that counts as holding at this length
   "tasks": {task: {as a column}}         of which the value is the mean
   "by_position": [{"start", "end", ...}] the same for parts of the sequence, in tokens
+  "show": "by_position"                  that these parts are a table of their own on the screen
   "by_depth": [{"depth", ...}]           the same for places of what is to be found, in [0, 1]
 
 so that tables, figures and pages (`rope_jax.report`, `figures`, `html`) need to know no type.
@@ -33,6 +34,7 @@ EVALS = dict(
   passkey="rope_jax.evals.passkey",
   ruler="rope_jax.evals.ruler",
   needle="rope_jax.evals.needle",
+  posgen="rope_jax.evals.posgen",
 )
 
 
@@ -48,12 +50,14 @@ class Subject:
     generate: (prompts, max_new_tokens, batch_size=1, what="") -> the greedy continuation of each
       prompt; all are 1-D int32 ids, without the end of text that may have stopped them. `what` is
       for the progress bar.
+    predictions: (tokens [B, L] int32, seq_len) -> int32 [B, L], the most likely token after each.
   """
 
   config: Any
   tokenizer: Any
   losses: Callable
   generate: Callable | None = None
+  predictions: Callable | None = None
 
   def prompt(self, text: str):
     """Ids of a text as the start of a sequence: with BOS where the tokenizer itself adds it."""

@@ -71,7 +71,18 @@ def needle(**options) -> ConfigDict:
   return _finished(c, options)
 
 
-ENTRIES = dict(perplexity=perplexity, passkey=passkey, ruler=ruler, needle=needle)
+def posgen(**options) -> ConfigDict:
+  """Accuracy on PosGen within and beyond the trained length (rope_jax/evals/posgen.py)."""
+  c = _entry("posgen")
+  c.split = "test"  # or 'val'
+  c.length = 256  # tokens of a sequence, without the EOS before them
+  c.num_samples = 1000  # at most data.posgen.held_out
+  c.every_tokens = 32  # tokens of a part in `by_position`
+  c.batch_size = 50  # sequences at a time
+  return _finished(c, options)
+
+
+ENTRIES = dict(perplexity=perplexity, passkey=passkey, ruler=ruler, needle=needle, posgen=posgen)
 
 
 def complete(evals: ConfigDict) -> None:

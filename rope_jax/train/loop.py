@@ -11,7 +11,7 @@ import numpy as np
 from rope_jax import config as config_lib
 from rope_jax import evals, report, resolve
 from rope_jax.data import batches as batches_lib
-from rope_jax.data import corpus, tokenizer, tokens
+from rope_jax.data import corpus, posgen, tokenizer, tokens
 from rope_jax.data.arrange import Arrange
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
@@ -56,11 +56,9 @@ def train(c, workdir: str) -> dict:
 def _train(c, workdir: str, mesh) -> dict:
   # ---- Data. A batch is a function of the step: nothing else to save or restore.
   text = load_tokenizer(c, workdir)
-  directory = config_lib.data_dir(c)
-  documents = corpus.documents(c.data.source, "train", directory, c.data.text_key)
-  store = tokens.tokenize(documents, text, directory, append_eos=c.data.append_eos)
+  store, fingerprint = training_documents(c, text)
   evals.check(c, text)
-  facts = dict(text=documents.fingerprint, tokenizer=text.fingerprint)
+  facts = dict(text=fingerprint, tokenizer=text.fingerprint)
   facts |= dict(factors=resolve.fingerprint(c))
   config_lib.check_workdir(c, workdir, **facts)
   length = config_lib.train_length(c)
@@ -223,10 +221,21 @@ def _evaluate_model(c, workdir: str, mesh, has_run: bool) -> dict:
   return _evaluate(c, workdir, subject_of(variables))
 
 
+def training_documents(c, text) -> tuple:
+  """Tokenised documents for `Batches`, and a fingerprint of what they were made from."""
+  if c.data.source == "posgen":
+    store = posgen.Sequences(c.data.posgen, config_lib.train_length(c))
+    return store, store.fingerprint
+  directory = config_lib.data_dir(c)
+  documents = corpus.documents(c.data.source, "train", directory, c.data.text_key)
+  store = tokens.tokenize(documents, text, directory, append_eos=c.data.append_eos)
+  return store, documents.fingerprint
+
+
 def load_tokenizer(c, workdir: str):
   """The tokenizer of a config, checked against the model's vocabulary."""
   try:
-    text = tokenizer.load(c.tokenizer, state.init_path(c, workdir))
+    text = tokenizer.load(c.tokenizer, state.init_path(c, workdir), c.data.posgen.modulus)
   except ValueError as error:
     raise ValueError(f"config.tokenizer={c.tokenizer!r}: {error}") from error
   if text.vocab_size > c.model.vocab_size:

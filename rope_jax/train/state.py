@@ -84,7 +84,8 @@ def check_init(c, workdir: str) -> None:
   source = config_lib.read(path)
   keys = ["rope.partial_rotary_factor", "model.norm_eps"]
   keys += ["rope.theta"] if c.rope.base == "plain" else []
-  scaled = source.rope.scaling != "none" or source.rope.resonance or source.rope.base != "plain"
+  scaled = source.rope.scaling != "none" and source.train.rope == "scaled"
+  scaled = scaled or source.rope.resonance or source.rope.base != "plain"
   if scaled and c.rope.base == "plain":
     # It was trained with that rope: another method would start from the plain base again.
     keys += ["rope.base", "rope.scaling", "rope.resonance", "rope.original_context"]

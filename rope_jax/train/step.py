@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from rope_jax.model import attention
 from rope_jax.model.llama import Llama, unembedding
 from rope_jax.train.loss import token_losses
+from rope_jax.train.predict import most_likely
 
 
 def batch_loss(model: Llama, variables: dict, batch: dict, rope, chunk: int):
@@ -90,3 +92,21 @@ def token_loss(model: Llama, *, chunk: int) -> Callable:
     return losses[:, :-1]
 
   return jax.jit(losses)
+
+
+@functools.cache  # a jitted function compiles once; evaluations ask for it again and again
+def token_predictions(model: Llama, *, chunk: int) -> Callable:
+  """The jitted (variables, tokens [B, L], rope) -> int32 [B, L], the most likely token after each.
+
+  Of equally likely ones it is the first.
+  """
+
+  def predictions(variables, tokens, rope):
+    back = np.argsort(attention.places(model.config, tokens.shape[1]))
+    hidden = model.apply(variables, attention.arrange(model.config, tokens), rope)
+    found = most_likely(hidden, unembedding(variables["params"]), chunk)[:, back]
+    if jax.sharding.get_abstract_mesh().shape:  # every process reads them all
+      found = jax.lax.with_sharding_constraint(found, P())
+    return found
+
+  return jax.jit(predictions)

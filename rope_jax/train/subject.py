@@ -13,7 +13,7 @@ from rope_jax import evals, resolve
 from rope_jax.model.generate import Generator
 from rope_jax.model.llama import Llama
 from rope_jax.train import sharding
-from rope_jax.train.step import token_loss
+from rope_jax.train import step as step_lib
 
 
 def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
@@ -26,7 +26,10 @@ def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
     text: its tokenizer.
   """
   rope_of = functools.cache(lambda seq_len: resolve.rope(c, seq_len))  # dprope takes its time
-  loss = token_loss(model, chunk=c.train.loss_chunk)
+  chunk = c.train.loss_chunk
+  loss, prediction = (
+    make(model, chunk=chunk) for make in (step_lib.token_loss, step_lib.token_predictions)
+  )
   generator = Generator(
     model,
     None,
@@ -37,16 +40,22 @@ def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
   )
 
   def subject(variables) -> evals.Subject:
-    def losses(tokens, seq_len):
+    def whole(function, tokens, seq_len):
       split = sharding.batch_sharding(mesh, rows=len(tokens))
       batch = jax.make_array_from_callback(tokens.shape, split, lambda index: tokens[index])
-      return jax.device_get(loss(variables, batch, rope_of(seq_len)))
+      return jax.device_get(function(variables, batch, rope_of(seq_len)))
 
     def generate(prompts, max_new_tokens, *, batch_size=1, what="", **options):
       generator.variables = variables
       return _in_batches(generator, prompts, max_new_tokens, batch_size, what, stop, options)
 
-    return evals.Subject(c, text, losses, generate)
+    return evals.Subject(
+      c,
+      text,
+      losses=functools.partial(whole, loss),
+      generate=generate,
+      predictions=functools.partial(whole, prediction),
+    )
 
   stop = [] if text.eos_id is None else [text.eos_id]
   return subject
