@@ -259,9 +259,13 @@ def _due(c, step: int) -> list[str]:
 
 
 def _evaluate(c, workdir, subject) -> dict:
-  results = {name: evals.evaluate(entry, subject) for name, entry in c.evals.items()}
-  if multihost.is_main():
-    config_lib.write_json(os.path.join(workdir, "results.json"), results)
+  """Runs all evaluations; each is written, and on the screen, as soon as it is done."""
+  results = {}
+  for name, entry in c.evals.items():
+    results[name] = evals.evaluate(entry, subject)
+    if multihost.is_main():
+      config_lib.write_json(os.path.join(workdir, "results.json"), results)
+      print(f"\n{report.table({'': {name: results[name]}})}", flush=True)
   return results
 
 
