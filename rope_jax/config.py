@@ -266,6 +266,11 @@ def write(c: ConfigDict, workdir: str, **facts) -> None:
   write_json(os.path.join(workdir, RUN_FILE), values)
 
 
+def holds_run(workdir: str) -> bool:
+  """Whether a run has claimed a workdir."""
+  return os.path.exists(os.path.join(workdir, RUN_FILE))
+
+
 def check_workdir(c: ConfigDict, workdir: str, *, free: tuple[str, ...] = (), **facts) -> None:
   """Compares a config with the run that a workdir holds, if any.
 
@@ -278,7 +283,7 @@ def check_workdir(c: ConfigDict, workdir: str, *, free: tuple[str, ...] = (), **
   Raises:
     ValueError: naming the settings or facts that differ.
   """
-  if not os.path.exists(os.path.join(workdir, RUN_FILE)):
+  if not holds_run(workdir):
     return
   with open(os.path.join(workdir, RUN_FILE)) as f:
     known = json.load(f)
@@ -300,7 +305,7 @@ def read(workdir: str) -> ConfigDict:
     ValueError: if there is none.
   """
   path = os.path.join(workdir, RUN_FILE)
-  if not os.path.exists(path):
+  if not holds_run(workdir):
     raise ValueError(f"{workdir} holds no run: there is no {RUN_FILE}")
   with open(path) as f:
     values = json.load(f)["config"]

@@ -70,6 +70,11 @@ def table(results: dict[str, dict]) -> str:
   return "\n\n".join(tables) or "no evaluations"
 
 
+def brief(name: str, columns: dict[str, dict]) -> str:
+  """A result in one line, as soon as it is there."""
+  return f"{name}: " + "; ".join(f"{_column(c)}: {cell(r)}" for c, r in columns.items())
+
+
 def cell(r: dict | None) -> str:
   """A value and how sure it is: 12.345 ± 0.123, or 0.80 [0.49, 0.94]."""
   return " ".join(filter(None, shown(r))) if r else ""
@@ -130,13 +135,17 @@ def _table(name: str, results: dict[str, dict]) -> str:
   heading += " at" if all(c.isdigit() for c in columns) else ""
   reaches = {run: reach(r) for run, r in results.items()}
   reached = any(x is not None for x in reaches.values())
-  cells = [[heading, *(f"{int(c):,}" if c.isdigit() else c for c in columns)]]
+  cells = [[heading, *map(_column, columns)]]
   cells[0] += ["holds to"] * reached
   for label, by_column in rows(results).items():
     longest = reaches.get(label)
     cells.append([label or "-", *(cell(by_column.get(c)) for c in columns)])
     cells[-1] += ["" if longest is None else f"{longest:,}" if longest else "-"] * reached
   return _grid(cells)
+
+
+def _column(name: str) -> str:
+  return f"{int(name):,}" if name.isdigit() else name
 
 
 def _curves(name: str, results: dict[str, dict]) -> list[str]:

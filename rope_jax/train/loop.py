@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 
@@ -193,32 +194,53 @@ def evaluate(c, workdir: str) -> dict:
   If the workdir holds no run, the model of config.init_from is evaluated as it is. Of a trained
   run, rope.context and rope.factor may differ, to look beyond the context that it was trained for.
   """
-  has_run = c.train.steps and os.path.exists(os.path.join(workdir, config_lib.RUN_FILE))
+  with _opened(c, workdir, max([e.batch_size for e in c.evals.values()], default=1)) as subject:
+    evals.check(c, subject.tokenizer)
+    if multihost.is_main() and not config_lib.holds_run(workdir):
+      # That of a run stays: it says what was trained, not what is evaluated.
+      os.makedirs(workdir, exist_ok=True)
+      config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
+    return _evaluate(c, workdir, subject)
+
+
+def generate(c, workdir: str, prompts: list[str], max_new_tokens: int, **options) -> list[str]:
+  """Continuations of some texts, by the model that `evaluate` would evaluate.
+
+  Args:
+    c: a validated config.
+    workdir: of a run, or where there is none.
+    prompts: texts, one batch.
+    max_new_tokens: of each.
+    **options: temperature, top_p and seed of `rope_jax.model.generate.Generator`.
+
+  Raises:
+    ValueError: if a prompt and what follows it is longer than config.rope.context.
+  """
+  with _opened(c, workdir, len(prompts)) as subject:
+    ids = [subject.prompt(text) for text in prompts]
+    found = subject.generate(ids, max_new_tokens, batch_size=len(ids), what="prefill", **options)
+    return [subject.tokenizer.decode(new) for new in found]
+
+
+@contextlib.contextmanager
+def _opened(c, workdir: str, rows: int):
+  """The subject of a workdir's newest checkpoint or else of config.init_from, under its mesh."""
+  has_run = c.train.steps and config_lib.holds_run(workdir)
   config_lib.check_workdir(
     c, workdir, free=("rope.context", "rope.factor"), factors=resolve.fingerprint(c)
   )
-  rows = max([e.batch_size for e in c.evals.values()], default=1)
   mesh = sharding.make_mesh(c.mesh, rows, must_divide=False)
   sharding.check(c, mesh, evals.lengths(c))
   with jax.set_mesh(mesh):
-    return _evaluate_model(c, workdir, mesh, has_run)
-
-
-def _evaluate_model(c, workdir: str, mesh, has_run: bool) -> dict:
-  text = load_tokenizer(c, workdir)
-  evals.check(c, text)
-  if has_run:  # its rope.json stays: it says what was trained, not what is evaluated
-    variables, what = state.run_variables(workdir, mesh), f"newest checkpoint of {workdir}"
-  else:
-    variables = state.initial_variables(c, mesh, workdir)
-    what = f"{c.init_from or 'a randomly initialised model'}, without training"
+    text = load_tokenizer(c, workdir)
+    if has_run:
+      variables, what = state.run_variables(workdir, mesh), f"newest checkpoint of {workdir}"
+    else:
+      variables = state.initial_variables(c, mesh, workdir)
+      what = f"{c.init_from or 'a randomly initialised model'}, without training"
     if multihost.is_main():
-      os.makedirs(workdir, exist_ok=True)
-      config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
-  if multihost.is_main():
-    print(f"{report.rope_line(c)}\nevaluating: {what}", flush=True)
-  subject_of = subject_lib.make(c, mesh, Llama(from_config(c)), text)
-  return _evaluate(c, workdir, subject_of(variables))
+      print(f"{report.rope_line(c)}\nmodel: {what}", flush=True)
+    yield subject_lib.make(c, mesh, Llama(from_config(c)), text)(variables)
 
 
 def training_documents(c, text) -> tuple:
@@ -265,7 +287,7 @@ def _evaluate(c, workdir, subject) -> dict:
     results[name] = evals.evaluate(entry, subject)
     if multihost.is_main():
       config_lib.write_json(os.path.join(workdir, "results.json"), results)
-      print(f"\n{report.table({'': {name: results[name]}})}", flush=True)
+      print(report.brief(name, results[name]), flush=True)
   return results
 
 

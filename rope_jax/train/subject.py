@@ -46,6 +46,12 @@ def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
       return jax.device_get(function(variables, batch, rope_of(seq_len)))
 
     def generate(prompts, max_new_tokens, *, batch_size=1, what="", **options):
+      longest = max(map(len, prompts), default=0) + max_new_tokens
+      if longest > c.rope.context:
+        raise ValueError(
+          f"config.rope.context={c.rope.context}: a prompt with {max_new_tokens} new tokens is "
+          f"{longest} tokens long"
+        )
       generator.variables = variables
       return _in_batches(generator, prompts, max_new_tokens, batch_size, what, stop, options)
 
