@@ -232,6 +232,14 @@ def test_samples_follow_the_distribution():
   np.testing.assert_array_equal(g(PROMPTS, 9, temperature=1.0, top_p=1e-6), g(PROMPTS, 9))
 
 
+def test_rows_without_a_token_are_never_made():
+  g = generator(tiny.model(), ropes("none"), by_length=False)
+  some = generator(tiny.model(), ropes("none"), by_length=False, vocab_size=20)
+  assert max(x.max() for x in g(PROMPTS, 20)) >= 20
+  assert max(x.max() for x in some(PROMPTS, 20)) < 20
+  assert max(x.max() for x in some(PROMPTS, 20, temperature=5.0)) < 20
+
+
 def test_settings_out_of_range_are_refused():
   g = generator(tiny.model(), ropes("none"), by_length=False)
   for given, message in (

@@ -128,6 +128,17 @@ def test_two_processes_are_one_and_what_two_have_saved_one_restores(tmp_path, mo
     np.testing.assert_allclose(again[length]["ppl"], results[0][length]["ppl"], rtol=1e-5)
 
 
+@pytest.mark.long
+def test_two_processes_continue_a_text_as_one_does(tmp_path):
+  path = tmp_path / "experiment.py"
+  path.write_text(CONFIG.format(folder="stdlib"))
+  asked = ["--prompt=abcdefghij", "--prompt=xyz", "--max_new_tokens=20", "--temperature=1"]
+  (alone,) = finish(start(path, tmp_path / "one", 1, *asked, script="generate"))
+  first, second = finish(start(path, tmp_path / "two", 2, *asked, script="generate"))
+  answers = alone[alone.index("\nabcdefghij|") :]
+  assert answers in first and "abcdefghij" not in second
+
+
 def test_an_error_is_the_same_in_every_process(tmp_path):
   path = tmp_path / "experiment.py"
   path.write_text(CONFIG.format(folder=tiny.text_folder(tmp_path / "text", documents=1)))

@@ -32,7 +32,7 @@ def evaluate(entry, subject) -> dict:
 
   Returns:
     {"8192": {"metric": "ppl", "ppl", "stderr", "nll", "tokens", "windows", "protocol",
-    "by_position": [{"start", "end", "ppl", "stderr", "tokens"}, ...]}, ...}. `stderr` is the
+    "by_position": [{"start", "end", "ppl", "stderr", "nll", "tokens"}, ...]}, ...}. `stderr` is the
     standard error of `ppl` over tokens as if independent (they are not quite: read it as a lower
     bound). `by_position` is by the place of the token in its window, in equal parts.
 
@@ -123,7 +123,6 @@ def _at_length(entry, subject, samples, length: int) -> dict:
   return dict(
     metric="ppl",
     **_summary(*total),
-    nll=total[1] / total[0],
     windows=len(rows),
     protocol=entry.protocol,
     by_position=by_position,
@@ -134,4 +133,4 @@ def _summary(count: float, total: float, squares: float) -> dict:
   mean = total / count
   variance = max(squares / count - mean**2, 0.0)
   ppl = math.exp(min(mean, 700.0))
-  return dict(ppl=ppl, stderr=ppl * math.sqrt(variance / count), tokens=int(count))
+  return dict(ppl=ppl, stderr=ppl * math.sqrt(variance / count), nll=mean, tokens=int(count))

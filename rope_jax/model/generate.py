@@ -46,6 +46,8 @@ class Generator:
     on_change: one of `ON_CHANGE`.
     chunk: tokens of a prefill step, fewer for short prompts. Over a context, its devices must
       divide it.
+    vocab_size: tokens that there are; a model may have rows for more, which are never made. All of
+      the model's if None.
 
   Raises:
     ValueError: for an unknown on_change.
@@ -60,17 +62,19 @@ class Generator:
     depends_on_length: bool,
     on_change: str = "recompute",
     chunk: int = 512,
+    vocab_size: int | None = None,
   ):
     if on_change not in ON_CHANGE:
       raise ValueError(f"config.generate.on_change={on_change!r}: expected one of {ON_CHANGE}")
     self.model, self.variables, self.rope_of = model, variables, rope_of
     self.by_row, self.on_change, self.chunk = depends_on_length, on_change, chunk
+    self.vocab_size = vocab_size
     self.rotated = not (depends_on_length and on_change == "rotate")
     self._empty = jax.jit(
       functools.partial(cache.empty, model.config, rotated=self.rotated), static_argnums=1
     )
     self._forward = jax.jit(self._forward_, donate_argnums=1)
-    self._sample = jax.jit(_sample)
+    self._sample = jax.jit(functools.partial(_sample, vocab_size))
     self._decode = jax.jit(self._decode_, donate_argnums=1)
 
   def __call__(
@@ -227,9 +231,7 @@ class Generator:
     last = hidden[:, -1]
     matrix = unembedding(variables["params"]).astype(last.dtype)
     logits = jnp.einsum("bd,dv->bv", last, matrix, preferred_element_type=jnp.float32)
-    if mesh:  # every process reads what is made of them
-      logits = jax.lax.with_sharding_constraint(logits, P())
-    return state, logits
+    return state, _everywhere(logits)
 
   def _decode_(self, variables, state, token, rope, count, steps, settings):
     """Feeds `token` [B], then each sample: (cache, last token, tokens [B, BLOCK], some unused)."""
@@ -238,21 +240,23 @@ class Generator:
       state, token, made = carry
       now = rope if self.rotated else jax.tree.map(lambda x: x[i], rope)
       state, logits = self._forward_(variables, state, token[:, None], now)
-      token = _sample(logits, *settings, count + i)
+      token = _sample(self.vocab_size, logits, *settings, count + i)
       return state, token, made.at[:, i].set(token)
 
     made = jnp.zeros((len(token), BLOCK), jnp.int32)
-    return jax.lax.fori_loop(0, steps, step, (state, token, made))
+    state, token, made = jax.lax.fori_loop(0, steps, step, (state, token, made))
+    return state, token, _everywhere(made)
 
 
-def _sample(logits, temperature, top_p, seed, count):
+def _sample(vocab_size, logits, temperature, top_p, seed, count):
   """int32 [B]: the most likely tokens at temperature 0, otherwise samples, a function of the seed.
 
   Args:
+    vocab_size, temperature, top_p: as for `Generator`.
     logits: float32 [B, V].
-    temperature, top_p: as for `Generator`.
     seed, count: of the sample: it is the count-th new token.
   """
+  logits = logits[:, :vocab_size]
 
   def draw():
     scaled = logits / temperature
@@ -266,7 +270,12 @@ def _sample(logits, temperature, top_p, seed, count):
     return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
 
   token = jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1))
-  return token.astype(jnp.int32)
+  return _everywhere(token.astype(jnp.int32))
+
+
+def _everywhere(x):
+  """Whole on every device of the mesh, so that every process can read it."""
+  return jax.lax.with_sharding_constraint(x, P()) if attention.mesh_shape() else x
 
 
 def _until_stop(tokens: np.ndarray, stop: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
     depends_on_length=resolve.depends_on_length(c),
     on_change=c.generate.on_change,
     chunk=c.generate.chunk,
+    vocab_size=text.vocab_size,
   )
 
   def subject(variables) -> evals.Subject:
