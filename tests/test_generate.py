@@ -148,10 +148,10 @@ def test_other_kernels_prefill(attention):
 
 
 MESHES = [
-  dict(data=2, fsdp=2, context=2),
   dict(fsdp=2, context=2, tensor=2),
-  dict(context=4, tensor=2),
-  dict(context=8),
+  pytest.param(dict(data=2, fsdp=2, context=2), marks=pytest.mark.long),
+  pytest.param(dict(context=4, tensor=2), marks=pytest.mark.long),
+  pytest.param(dict(context=8), marks=pytest.mark.long),
 ]
 
 

@@ -278,3 +278,24 @@ def stopping(prefetch, step):
       yield batch
 
   return stopped
+
+
+@pytest.mark.long
+def test_every_type_of_evaluation_runs_in_training_and_alike_afterwards(tmp_path):
+  c = tiny.run_config(tiny.text_folder(tmp_path / "text"), steps=2)
+  c.rope.update(context=1024, scaling="dynamic_ntk")  # of which each length has its own rope
+  c.data.length, c.generate.on_change = 64, "rotate"
+  c.evals.perplexity.num_samples = 1
+  c.evals.passkey = config.passkey(
+    lengths=(512,), depths=2, num_samples=1, max_new_tokens=3, every_steps=1
+  )
+  c.evals.ruler = config.ruler(lengths=(1024,), tasks=("niah_single_1",), num_samples=1)
+  c.evals.needle = config.needle(lengths=(512,), num_samples=2, every_steps=1)
+  found = loop.train(c, str(tmp_path / "run"))
+  assert set(found) == {"perplexity", "passkey", "ruler", "needle"}
+  with open(tmp_path / "run/metrics.jsonl") as f:
+    logged = {(r["step"], k) for r in map(json.loads, f) for k in r}
+  for step in (1, 2):
+    assert {(step, "passkey/512/accuracy"), (step, "needle/512/ppl")} <= logged
+  assert (1, "ruler/1024/score") not in logged and (2, "ruler/1024/score") in logged
+  assert loop.evaluate(c, str(tmp_path / "run")) == found
