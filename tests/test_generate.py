@@ -203,7 +203,7 @@ def test_generation_ends_at_a_stop_token_or_when_told():
   for a, b in zip(free, stopped):
     end = np.flatnonzero(a == stop)[0] if stop in a else len(a)
     np.testing.assert_array_equal(b, a[:end])
-  told = g(PROMPTS, 40, until=lambda new: len(new) >= 3)
+  told = g(PROMPTS, 40, until=lambda i, new: len(new) >= 3)
   assert {len(x) for x in told} < set(range(3, 40))
   for a, b in zip(free, told):
     np.testing.assert_array_equal(b, a[: len(b)])
@@ -230,6 +230,14 @@ def test_samples_follow_the_distribution():
   other = g(PROMPTS, 9, temperature=1.0, seed=8)
   assert any((a != b).any() for a, b in zip(same[0], other))
   np.testing.assert_array_equal(g(PROMPTS, 9, temperature=1.0, top_p=1e-6), g(PROMPTS, 9))
+
+
+def test_each_prompt_has_an_end_of_its_own():
+  g = generator(tiny.model(), ropes("yarn"), by_length=False)
+  asked = []
+  g(PROMPTS, 40, until=lambda i, new: asked.append((i, len(new))) or len(new) >= 10 * i)
+  assert max(n for _, n in asked) == 1 + 16 + 16
+  assert {i for i, _ in asked} == {0, 1, 2}
 
 
 def test_rows_without_a_token_are_never_made():

@@ -32,7 +32,7 @@ class Oracle(Subject):
     c.rope.context = context
     seen = []
 
-    def generate(prompts, max_new_tokens, batch_size=1, what=""):
+    def generate(prompts, max_new_tokens, batch_size=1, what="", until=None):
       seen.extend(prompts)
       text = [tokens.decode(p) for p in prompts]
       keys = [int(re.search(r"The pass key is (\d+)\. Remember", t)[1]) for t in text]

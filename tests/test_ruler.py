@@ -25,7 +25,7 @@ def subject(tokens="bytes", change=None):
   c.rope.context = 131_072
   tokens = tokens_of(tokens)
 
-  def generate(prompts, max_new_tokens, batch_size=1, what=""):
+  def generate(prompts, max_new_tokens, batch_size=1, what="", until=None):
     assert what.startswith("ruler ")
     found = [solve(tokens.decode(ids)) for ids in prompts]
     return [tokens.encode(" " + ", ".join(change(x) if change else x)) for x in found]

@@ -47,9 +47,10 @@ class Subject:
     tokenizer: its tokenizer.
     losses: (tokens [B, L] int32, seq_len) -> losses [B, L - 1] of tokens 1 .. L-1 in nats, under
       the rope of a sequence of seq_len tokens.
-    generate: (prompts, max_new_tokens, batch_size=1, what="") -> the greedy continuation of each
-      prompt; all are 1-D int32 ids, without the end of text that may have stopped them. `what` is
-      for the progress bar.
+    generate: (prompts, max_new_tokens, batch_size=1, what="", until=None) -> the greedy
+      continuation of each prompt; all are 1-D int32 ids, without the end of text that may have
+      stopped them. `what` is for the progress bar; `until` (number of a prompt, its new tokens)
+      says whether they are enough already.
     predictions: (tokens [B, L] int32, seq_len) -> int32 [B, L], the most likely token after each.
   """
 

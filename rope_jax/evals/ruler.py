@@ -112,11 +112,16 @@ def _at_length(entry, subject, material, length: int) -> dict:
     drawn = samples(entry, subject, material, name, length)
     if name == "cwe":
       made_up = max(0, max(s.size for s in drawn) - len(material.words))
+
+    def enough(i: int, new, drawn=drawn) -> bool:  # once all is found nothing can change the score
+      return score(subject.tokenizer.decode(new), drawn[i].references) == 1
+
     continuations = subject.generate(
       [s.ids for s in drawn],
       TASKS[name].new_tokens,
       batch_size=entry.batch_size,
       what=f"ruler {name} {length}",
+      until=enough,
     )
     scores = [
       score(subject.tokenizer.decode(ids), s.references)

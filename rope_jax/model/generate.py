@@ -83,7 +83,7 @@ class Generator:
     max_new_tokens: int,
     *,
     stop: Sequence[int] = (),
-    until: Callable[[np.ndarray], bool] | None = None,
+    until: Callable[[int, np.ndarray], bool] | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -95,7 +95,8 @@ class Generator:
       prompts: 1-D int32 ids, of any lengths; they are one batch.
       max_new_tokens: of each.
       stop: ids that end a sequence; they are not part of the result.
-      until: of the new tokens of a sequence: whether they are enough. Asked every few tokens.
+      until: (number of a prompt, its new tokens) -> whether they are enough; asked every few
+        tokens, so that there may be more than enough.
       temperature: 0 is greedy.
       top_p: nucleus: the fewest most likely tokens with this probability together are sampled from.
       seed: of the samples.
@@ -116,7 +117,7 @@ class Generator:
     def add(fresh) -> bool:
       """Takes in tokens [B, n]; whether no sequence needs any more."""
       new[:] = [np.concatenate(x) for x in zip(new, np.asarray(fresh))]
-      return all(np.isin(x, stop).any() or bool(until and until(x)) for x in new)
+      return all(np.isin(x, stop).any() or bool(until and until(i, x)) for i, x in enumerate(new))
 
     done = False
     while count < max_new_tokens and not done:

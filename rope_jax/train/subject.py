@@ -46,7 +46,7 @@ def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
       batch = jax.make_array_from_callback(tokens.shape, split, lambda index: tokens[index])
       return jax.device_get(function(variables, batch, rope_of(seq_len)))
 
-    def generate(prompts, max_new_tokens, *, batch_size=1, what="", **options):
+    def generate(prompts, max_new_tokens, *, batch_size=1, what="", until=None, **options):
       longest = max(map(len, prompts), default=0) + max_new_tokens
       if longest > c.rope.context:
         raise ValueError(
@@ -54,7 +54,7 @@ def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
           f"{longest} tokens long"
         )
       generator.variables = variables
-      return _in_batches(generator, prompts, max_new_tokens, batch_size, what, stop, options)
+      return _in_batches(generator, prompts, max_new_tokens, batch_size, what, stop, until, options)
 
     return evals.Subject(
       c,
@@ -68,7 +68,9 @@ def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
   return subject
 
 
-def _in_batches(generator, prompts, max_new_tokens, batch_size, what, stop, options) -> list:
+def _in_batches(
+  generator, prompts, max_new_tokens, batch_size, what, stop, enough, options
+) -> list:
   """Generates for prompts of like lengths together, the longest first: they need most memory."""
   order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
   out: list = [None] * len(prompts)
@@ -81,9 +83,12 @@ def _in_batches(generator, prompts, max_new_tokens, batch_size, what, stop, opti
         bar.n = first + share * len(group)
         bar.refresh()
 
+      def until(row, new, group=group):  # those that only fill up are not waited for
+        return row >= len(group) or bool(enough and enough(group[row], new))
+
       # A last, smaller group is filled up: another shape would compile again.
       rows = [prompts[i] for i in group] + [prompts[group[0]]] * (batch_size - len(group))
-      found = generator(rows, max_new_tokens, stop=stop, progress=progress, **options)
+      found = generator(rows, max_new_tokens, stop=stop, until=until, progress=progress, **options)
       for i, new in zip(group, found):
         out[i] = np.asarray(new, np.int32)
       progress(1.0)
