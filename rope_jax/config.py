@@ -24,6 +24,7 @@ from rope_jax.errors import choice
 from rope_jax.evals.entries import (  # noqa: F401 - for configs
   ENTRIES,
   complete,
+  lm_eval,
   needle,
   passkey,
   perplexity,

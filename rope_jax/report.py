@@ -130,12 +130,16 @@ def _table(name: str, results: dict[str, dict]) -> str:
   if not results:
     return f"{name}: no results"
   columns = results_lib.columns(results)
-  what = metric(next(iter(results.values())))
+  metrics = {c: metric({c: r[c]}) for r in results.values() for c in r}
+  what = next(iter(metrics.values()))
   heading = what if what == name else f"{name}: {what}"
   heading += " at" if all(c.isdigit() for c in columns) else ""
+  labels = [_column(c) for c in columns]
+  if len(set(metrics.values())) > 1:  # tasks that are scored each in its way
+    heading, labels = name, [f"{label}: {metrics[c]}" for label, c in zip(labels, columns)]
   reaches = {run: reach(r) for run, r in results.items()}
   reached = any(x is not None for x in reaches.values())
-  cells = [[heading, *map(_column, columns)]]
+  cells = [[heading, *labels]]
   cells[0] += ["holds to"] * reached
   for label, by_column in rows(results).items():
     longest = reaches.get(label)

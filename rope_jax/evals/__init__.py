@@ -35,6 +35,7 @@ EVALS = dict(
   ruler="rope_jax.evals.ruler",
   needle="rope_jax.evals.needle",
   posgen="rope_jax.evals.posgen",
+  lm_eval="rope_jax.evals.harness",
 )
 
 
@@ -47,10 +48,10 @@ class Subject:
     tokenizer: its tokenizer.
     losses: (tokens [B, L] int32, seq_len) -> losses [B, L - 1] of tokens 1 .. L-1 in nats, under
       the rope of a sequence of seq_len tokens.
-    generate: (prompts, max_new_tokens, batch_size=1, what="", until=None) -> the greedy
-      continuation of each prompt; all are 1-D int32 ids, without the end of text that may have
-      stopped them. `what` is for the progress bar; `until` (number of a prompt, its new tokens)
-      says whether they are enough already.
+    generate: (prompts, max_new_tokens, batch_size=1, what="", until=None, **options) -> the
+      continuation of each prompt, greedy unless the options of `Generator` say otherwise; all are
+      1-D int32 ids, without the end of text that may have stopped them. `what` is for the progress
+      bar; `until` (number of a prompt, its new tokens) says whether they are enough already.
     predictions: (tokens [B, L] int32, seq_len) -> int32 [B, L], the most likely token after each.
   """
 

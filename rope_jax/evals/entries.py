@@ -82,7 +82,32 @@ def posgen(**options) -> ConfigDict:
   return _finished(c, options)
 
 
-ENTRIES = dict(perplexity=perplexity, passkey=passkey, ruler=ruler, needle=needle, posgen=posgen)
+def lm_eval(**options) -> ConfigDict:
+  """Tasks of the lm-evaluation-harness, an extra (rope_jax/evals/harness.py)."""
+  c = _entry("lm_eval")
+  c.tasks = ()  # names of tasks and groups, or paths of their .yaml files
+  c.include_path = ""  # a directory with .yaml files of tasks, which may then be named
+  c.num_fewshot = -1  # examples in a prompt; -1: as each task says
+  c.limit = 0  # the first so many documents of each task; 0: all
+  c.metric = ""  # of all tasks; '': acc_norm, else acc, else the first of each
+  c.max_length = 0  # tokens; 0: rope.context. What is longer loses its start
+  c.template = "{prompt}"  # what a chat model wants around the prompt; the answer begins after it
+  # For tasks that make their data, an object in JSON; of RULER {"max_seq_lengths": [8192],
+  # "tokenizer": DIR}, with metric '8192'.
+  c.metadata = ""
+  c.seed = 42  # of examples, of tasks that shuffle, and of samples
+  c.batch_size = 1  # sequences at a time
+  return _finished(c, options)
+
+
+ENTRIES = dict(
+  perplexity=perplexity,
+  passkey=passkey,
+  ruler=ruler,
+  needle=needle,
+  posgen=posgen,
+  lm_eval=lm_eval,
+)
 
 
 def complete(evals: ConfigDict) -> None:
