@@ -20,7 +20,7 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the likeliest token.", 
 TOP_P = flags.DEFINE_float(
   "top_p", 1.0, "Sample from the likeliest tokens of this probability together.", 0.0, 1.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0, upper_bound=2**32 - 1)
 
 
 def main(c, config_name):

@@ -319,8 +319,11 @@ def read(workdir: str) -> ConfigDict:
       )
     del values["rope"][method]
   for name, entry in values.pop("evals").items():
-    c.evals[name] = ENTRIES[entry["type"]]()
-    _assign(c.evals[name], entry)
+    try:
+      c.evals[name] = ENTRIES[entry["type"]]()
+      _assign(c.evals[name], entry)
+    except KeyError as error:
+      raise ValueError(f"{path}: config.evals.{name} is of another version: {error}") from error
   _assign(c, values)
   return c
 

@@ -24,6 +24,8 @@ def test_a_plain_dict_is_completed():
     (dict(lengths=(128,)), "evals.mine.type=None.*'passkey'"),
     (dict(type="paskey"), "evals.mine.type='paskey'"),
     (dict(type="passkey", lenghts=(128,)), "evals.mine.lenghts.*lengths"),
+    (dict(type="passkey", lengths=128), "evals.mine:.*lengths"),
+    (config.passkey().to_dict() | dict(num_samples="5"), "evals.mine:.*num_samples"),
   ],
 )
 def test_a_plain_dict_with_another_type_or_key_is_refused(entry, message):
@@ -69,3 +71,14 @@ def test_tables_show_tasks_intervals_and_how_far_a_run_holds():
   assert second[0].split() == ["perplexity", "at", "4,096"]
   assert second[2].split() == ["b", "9.000", "±", "1.000"]
   assert report.brief("x", {"4096": column(0.5)}) == "x: 4,096: 0.50"
+
+
+def test_a_run_of_another_version_is_refused_by_name(tmp_path):
+  c = config.base()
+  c.evals.perplexity = config.perplexity()
+  config.write(c, str(tmp_path))
+  path = tmp_path / "run.json"
+  assert config.read(str(tmp_path)).to_dict() == c.to_dict()
+  path.write_text(path.read_text().replace("every_steps", "every"))
+  with pytest.raises(ValueError, match="run.json: config.evals.perplexity.*another version.*every"):
+    config.read(str(tmp_path))

@@ -321,3 +321,22 @@ def test_what_is_missing_is_found_before_training(tmp_path, monkeypatch, options
   if "lengths" in options:
     with pytest.raises(ValueError, match=message):
       evaluate(s.config.evals.r, s)
+
+
+def test_check_measures_every_sample():
+  """Not all of a task's smallest prompts are equally long."""
+  of, task = subject("smollm2"), "vt"
+  entry = config.ruler(lengths=(4096,), tasks=(task,), num_samples=8)
+  material = ruler_text.load(entry, of.config)
+  budget = ruler_tasks.TASKS[task].new_tokens
+  needed = [
+    budget
+    + len(ruler.prompt(entry, of, material, task, 4096, i, ruler_tasks.TASKS[task].smallest)[0])
+    for i in range(8)
+  ]
+  assert needed[0] < max(needed)
+  entry.lengths = (max(needed),)
+  ruler.check(entry, of)
+  entry.lengths = (max(needed) - 1,)
+  with pytest.raises(ValueError, match=f"at least {max(needed)} tokens for task 'vt'"):
+    ruler.check(entry, of)

@@ -16,6 +16,7 @@ so that tables, figures and pages (`rope_jax.report`, `figures`, `html`) need to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable
@@ -78,6 +79,12 @@ def evaluate(entry, subject: Subject) -> dict:
   return module(entry.type).evaluate(entry, subject)
 
 
+def run(name: str, subject: Subject) -> dict:
+  """Runs the entry config.evals.NAME; an error names it."""
+  with _named(name):
+    return evaluate(subject.config.evals[name], subject)
+
+
 def check(config, tokenizer) -> None:
   """Reads the data of every evaluation of a config: what is missing is found before training.
 
@@ -85,12 +92,19 @@ def check(config, tokenizer) -> None:
     ValueError: naming the evaluation.
   """
   for name, entry in config.evals.items():
-    try:
+    with _named(name):
       module(entry.type).check(entry, Subject(config, tokenizer, None))
-    except ValueError as error:
-      raise ValueError(f"config.evals.{name}: {error}") from error
 
 
 def lengths(config) -> list[int]:
   """Tokens of all the sequences that the evaluations of a config run at once."""
   return sorted({n for entry in config.evals.values() for n in module(entry.type).lengths(entry)})
+
+
+@contextlib.contextmanager
+def _named(name: str):
+  try:
+    yield
+  except ValueError as error:
+    named = "config." in str(error)
+    raise ValueError(str(error) if named else f"config.evals.{name}: {error}") from error

@@ -127,8 +127,11 @@ def complete(evals: ConfigDict) -> None:
         f"config.evals.{name}.{unknown[0]}: unknown to type {given.type!r}; known: "
         + ", ".join(sorted(entry))
       )
-    if set(given) != set(entry):
+    try:
       entry.update(given)
+    except TypeError as error:
+      raise ValueError(f"config.evals.{name}: {error}") from error
+    if given != entry:
       evals[name] = entry
 
 

@@ -61,11 +61,13 @@ def validate(name: str, e, c) -> None:
 
 def check(entry, subject) -> None:
   """Raises ValueError for a length that no prompt fits in."""
+  keys = {key for _, key, _ in draws(entry)}
   for n in entry.lengths:
-    if entry.rule == "pose":
-      _pose(entry, subject, n, MAX_KEY, lambda filler: filler // 2)
-    else:
-      _check_fits(entry, n, _ids(entry, subject, MAX_KEY, 0, 0), n)
+    for key in keys:
+      if entry.rule == "pose":
+        _pose(entry, subject, n, key, lambda filler: filler // 2)
+      else:
+        _check_fits(entry, n, _ids(entry, subject, key, 0, 0), n)
 
 
 def lengths(entry) -> tuple[int, ...]:
@@ -88,22 +90,29 @@ def prompt(rule: str, key: int, before: int, after: int) -> str:
 
 def prompts(entry, subject, length: int) -> list[tuple[float | None, int, np.ndarray]]:
   """(depth, key, ids) of the samples at a length; depth is None where it is random."""
+  out, filler = [], 0
+  for depth, key, share in draws(entry):
+
+    def before(filler: int, depth=depth, share=share) -> int:
+      return int(share * (filler + 1)) if depth is None else round(depth * filler)
+
+    if entry.rule == "pose":
+      ids = _pose(entry, subject, length, key, before)
+    else:
+      filler, ids = _longest(entry, subject, length, key, before, filler)
+    out.append((depth, key, ids))
+  return out
+
+
+def draws(entry) -> list[tuple[float | None, int, float]]:
+  """(depth, key, share of the filler before it where depth is None) of the samples at a length."""
   rng = np.random.default_rng(entry.seed)
   depths = np.linspace(0, 1, entry.depths).tolist() if entry.depths else [None]
-  out, filler = [], 0
-  for depth in depths:
-    for _ in range(entry.num_samples):
-      key, share = int(rng.integers(1, MAX_KEY, endpoint=True)), rng.random()
-
-      def before(filler: int, depth=depth, share=share) -> int:
-        return int(share * (filler + 1)) if depth is None else round(depth * filler)
-
-      if entry.rule == "pose":
-        ids = _pose(entry, subject, length, key, before)
-      else:
-        filler, ids = _longest(entry, subject, length, key, before, filler)
-      out.append((depth, key, ids))
-  return out
+  return [
+    (depth, int(rng.integers(1, MAX_KEY, endpoint=True)), rng.random())
+    for depth in depths
+    for _ in range(entry.num_samples)
+  ]
 
 
 def answer(text: str) -> int | None:

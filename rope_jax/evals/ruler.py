@@ -67,9 +67,11 @@ def check(entry, subject) -> None:
   for length in entry.lengths:
     for name in entry.tasks:
       task = TASKS[name]
-      ids, _ = prompt(entry, subject, material, name, length, 0, task.smallest)
-      if len(ids) + task.new_tokens > length:
-        raise _too_short(name, length, len(ids))
+      smallest = [prompt(entry, subject, material, name, length, i, task.smallest)[0]
+                  for i in range(entry.num_samples)]  # fmt: skip
+      longest_of = max(map(len, smallest))
+      if longest_of + task.new_tokens > length:
+        raise _too_short(name, length, longest_of)
 
 
 def lengths(entry) -> tuple[int, ...]:

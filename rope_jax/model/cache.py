@@ -10,6 +10,8 @@ Shape suffixes: N layers, B rows, K KV heads, H query heads, C places, T new tok
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -73,9 +75,7 @@ def append(cache: Cache, layer: jax.Array, k_BxTxKxE, v_BxTxKxE) -> Cache:
   shards = attention.mesh_shape().get(context.AXIS, 1)
   own = cache.k.shape[3] // shards
   if shards > 1 and own % T:
-    raise ValueError(
-      f"config.generate.chunk={T} does not divide the {own} places of a device of the context"
-    )
+    raise ValueError(f"{T} new tokens do not divide the {own} places of a device of the context")
 
   def write(stored, new, layer, index):
     place = index - (jax.lax.axis_index(context.AXIS) * own if shards > 1 else 0)
@@ -112,7 +112,10 @@ def attend(cfg: ModelConfig, cache: Cache, q_BxTxHxE, k_BxKxCxE, v_BxKxCxE) -> j
   shards = attention.mesh_shape().get(context.AXIS, 1)
   own = k_BxKxCxE.shape[2] // shards
   # One token has no blocks of queries to go through, and its scores are small.
-  forward = _dense if T == 1 or cfg.attention == "dense" else attention.kernel(cfg).forward
+  if T == 1 or cfg.attention == "dense":
+    forward = _dense
+  else:  # blocks of training are made for its lengths
+    forward = attention.kernel(dataclasses.replace(cfg, block_q=0, block_k=0)).forward
 
   def part(q, k, v, padding, index):
     first = jax.lax.axis_index(context.AXIS) * own if shards > 1 else 0

@@ -44,8 +44,7 @@ class Generator:
     rope_of: tokens of a sequence -> its rope, on the host.
     depends_on_length: whether `rope_of` gives different ropes.
     on_change: one of `ON_CHANGE`.
-    chunk: tokens of a prefill step, fewer for short prompts. Over a context, its devices must
-      divide it.
+    chunk: tokens of a prefill step, fewer for short prompts.
     vocab_size: tokens that there are; a model may have rows for more, which are never made. All of
       the model's if None.
 
@@ -114,21 +113,24 @@ class Generator:
     settings = np.float32(temperature), np.float32(top_p), np.uint32(seed)
     longest, count = int(lengths.max()) + max_new_tokens, 0
 
-    def add(fresh) -> bool:
-      """Takes in tokens [B, n]; whether no sequence needs any more."""
+    def add(fresh) -> np.ndarray:
+      """Takes in tokens [B, n]; which sequences need no more."""
       new[:] = [np.concatenate(x) for x in zip(new, np.asarray(fresh))]
-      return all(np.isin(x, stop).any() or bool(until and until(i, x)) for i, x in enumerate(new))
+      return np.array(
+        [np.isin(x, stop).any() or bool(until and until(i, x)) for i, x in enumerate(new)]
+      )
 
-    done = False
-    while count < max_new_tokens and not done:
+    done = np.zeros(len(prompts), bool)
+    while count < max_new_tokens and not done.all():
       # Here all sequences have `count` new tokens, and the cache is made under their present ropes.
       grown = max_new_tokens if self.on_change == "capacity" else count
-      rope, end = self._ropes(lengths + grown), self._next_change(lengths, count, max_new_tokens)
+      rope = self._ropes(lengths + grown)
+      end = self._next_change(lengths[~done], count, max_new_tokens)
       texts = [np.concatenate(x) for x in zip(prompts, new)]
       state, logits = self._prefill(texts, longest, rope, None if count else progress)
       token = self._sample(logits, *settings, count)
       done, count = add(token[:, None]), count + 1
-      while count < end and not done:
+      while count < end and not done.all():
         steps = min(BLOCK, end - count)
         if not self.rotated:
           each = [self._ropes(lengths + count + min(i, steps - 1)) for i in range(BLOCK)]
@@ -175,7 +177,13 @@ class Generator:
     return jax.tree.map(lambda *x: np.stack(x), *rows)
 
   def _next_change(self, lengths: np.ndarray, count: int, end: int) -> int:
-    """The first later count of new tokens at which the cache must be made again, or `end`."""
+    """The first later count of new tokens at which the cache must be made again, or `end`.
+
+    Args:
+      lengths: of the prompts that still need tokens.
+      count: new tokens so far.
+      end: new tokens in all.
+    """
     if not self.by_row or self.on_change != "recompute":
       return end
     now = jax.tree.leaves(self._ropes(lengths + count))
@@ -209,11 +217,6 @@ class Generator:
     """
     shards = attention.mesh_shape().get(context.AXIS, 1)
     chunk = min(self.chunk, 1 << max(tokens - 1, 15).bit_length())
-    if chunk % shards:
-      raise ValueError(
-        f"config.generate.chunk={self.chunk}: {chunk} tokens at a time cannot be split over "
-        f"config.mesh.context={shards}"
-      )
     width = -(-tokens // chunk) * chunk
     need = -(-longest // chunk) * chunk + chunk  # made again, a text may need one chunk more
     step = max(chunk * shards, 1 << (need.bit_length() - 3))
@@ -246,7 +249,7 @@ class Generator:
 
     made = jnp.zeros((len(token), BLOCK), jnp.int32)
     state, token, made = jax.lax.fori_loop(0, steps, step, (state, token, made))
-    return state, token, _everywhere(made)
+    return state, _everywhere(token), _everywhere(made)
 
 
 def _sample(vocab_size, logits, temperature, top_p, seed, count):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -155,7 +156,7 @@ def _train(c, workdir: str, mesh) -> dict:
     subject = subject_of({**frozen, **trainable})
     for name in _due(c, step):
       if not metrics.has(step, name):
-        metrics.write(step, _flat(name, evals.evaluate(c.evals[name], subject)))
+        metrics.write(step, _flat(name, evals.run(name, subject)))
 
   multihost.wait("metrics")  # all have read the rows that there were
   evaluate_due(first)  # if it was killed between the checkpoint and the evaluation
@@ -194,7 +195,8 @@ def evaluate(c, workdir: str) -> dict:
   If the workdir holds no run, the model of config.init_from is evaluated as it is. Of a trained
   run, rope.context and rope.factor may differ, to look beyond the context that it was trained for.
   """
-  with _opened(c, workdir, max([e.batch_size for e in c.evals.values()], default=1)) as subject:
+  rows = max([e.batch_size for e in c.evals.values()], default=1)
+  with _opened(c, workdir, rows, evals.lengths(c)) as subject:
     evals.check(c, subject.tokenizer)
     if multihost.is_main() and not config_lib.holds_run(workdir):
       # That of a run stays: it says what was trained, not what is evaluated.
@@ -217,20 +219,23 @@ def generate(c, workdir: str, prompts: list[str], max_new_tokens: int, **options
     ValueError: if a prompt and what follows it is longer than config.rope.context.
   """
   with _opened(c, workdir, len(prompts)) as subject:
-    ids = [subject.prompt(text) for text in prompts]
+    try:
+      ids = [subject.prompt(text) for text in prompts]
+    except ValueError as error:
+      raise ValueError(f"config.tokenizer={c.tokenizer!r}, of a prompt: {error}") from error
     found = subject.generate(ids, max_new_tokens, batch_size=len(ids), what="prefill", **options)
     return [subject.tokenizer.decode(new) for new in found]
 
 
 @contextlib.contextmanager
-def _opened(c, workdir: str, rows: int):
+def _opened(c, workdir: str, rows: int, lengths: Sequence[int] = ()):
   """The subject of a workdir's newest checkpoint or else of config.init_from, under its mesh."""
   has_run = c.train.steps and config_lib.holds_run(workdir)
   config_lib.check_workdir(
     c, workdir, free=("rope.context", "rope.factor"), factors=resolve.fingerprint(c)
   )
   mesh = sharding.make_mesh(c.mesh, rows, must_divide=False)
-  sharding.check(c, mesh, evals.lengths(c))
+  sharding.check(c, mesh, lengths)
   with jax.set_mesh(mesh):
     text = load_tokenizer(c, workdir)
     if has_run:
@@ -283,8 +288,8 @@ def _due(c, step: int) -> list[str]:
 def _evaluate(c, workdir, subject) -> dict:
   """Runs all evaluations; each is written, and on the screen, as soon as it is done."""
   results = {}
-  for name, entry in c.evals.items():
-    results[name] = evals.evaluate(entry, subject)
+  for name in c.evals:
+    results[name] = evals.run(name, subject)
     if multihost.is_main():
       config_lib.write_json(os.path.join(workdir, "results.json"), results)
       print(report.brief(name, results[name]), flush=True)
