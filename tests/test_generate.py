@@ -11,6 +11,7 @@ from rope_jax import rope
 from rope_jax.model.generate import Generator
 from rope_jax.model.llama import unembedding
 from rope_jax.train import sharding
+from rope_jax.train.subject import _in_batches
 
 L = 16  # original context: the prompts are on both sides of it when they are done
 PROMPTS = [tiny.tokens(1, n, seed=n)[0] for n in (5, 9, 13)]
@@ -272,3 +273,27 @@ def test_settings_out_of_range_are_refused():
       g(**{**dict(prompts=PROMPTS, max_new_tokens=2), **given})
   with pytest.raises(ValueError, match="on_change='forget'.*recompute"):
     generator(tiny.model(), ropes("none"), on_change="forget")
+
+
+def test_every_sample_has_randomness_of_its_own():
+  g = generator(tiny.model(), ropes("none"), by_length=False)
+  assert len(set(g(PROMPTS[:1], 17, temperature=1e4)[0].tolist())) > 8  # nearly uniform, of 61
+
+
+def test_keys_rotated_on_read_have_the_rope_of_each_step():
+  m, of = tiny.model(num_layers=1), ropes("dynamic_ntk")
+  for got, prompt in zip(generator(m, of, on_change="rotate")(PROMPTS, 18), PROMPTS):
+    np.testing.assert_array_equal(got, greedy(m, of, prompt, 18))
+
+
+def test_each_prompt_gets_its_own_continuation_and_fillers_are_not_waited_for():
+  enough = []
+
+  def echo(rows, max_new_tokens, stop, until, progress):
+    enough.append([until(i, row) for i, row in enumerate(rows)])
+    return [row[:1] for row in rows]
+
+  prompts = [np.full(n, n, np.int32) for n in (3, 9, 5, 7, 1)]
+  found = _in_batches(echo, prompts, 1, 2, "", [], None, {})
+  assert [x.tolist() for x in found] == [[3], [9], [5], [7], [1]]
+  assert enough == [[False, False], [False, False], [False, True]]
