@@ -9,6 +9,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"  # of the commands that tests start: libtpu is installed, no TPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # oracles must not look for a network
 
 ROOT = Path(__file__).parent.parent
