@@ -11,17 +11,6 @@ from rope_jax import config, presets
 
 
 def get_config():
-  pretrain = presets.tiny()
-  pretrain.train.steps = 700
-  pretrain.train.batch_size = 16
-  pretrain.train.learning_rate = 3e-3
-  pretrain.train.schedule = "cosine"
-  pretrain.train.warmup_steps = 40
-  pretrain.train.weight_decay = 0.1
-  pretrain.train.b2 = 0.95
-  pretrain.train.log_every = 50
-  pretrain.checkpoint.every = 350
-
   psc = presets.tiny_adapted("run:pretrain")
   psc.rope.phase = "psc"
 
@@ -31,7 +20,7 @@ def get_config():
   matched.lora.alpha = 64.0
 
   return config.comparison(
-    pretrain=pretrain,
+    pretrain=presets.tiny_pretraining(),
     untouched=presets.tiny_extended("run:pretrain"),
     yarn_lora=presets.tiny_adapted("run:pretrain"),
     yarn_lora_matched=matched,

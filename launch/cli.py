@@ -70,6 +70,16 @@ def checked(name: str, function, *args):
     raise ValueError(message) from error
 
 
+def searched(runs: dict, workdir: str) -> dict:
+  """The runs, with the factors that launch/search.py has found for those that search."""
+  from rope_jax.search import settings
+
+  return {
+    name: checked(name, settings.searched, run, directory(workdir, name))
+    for name, run in runs.items()
+  }
+
+
 def is_main() -> bool:
   """Whether this process, of all that run the same, writes files and prints tables."""
   from rope_jax.train import multihost

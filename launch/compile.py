@@ -54,7 +54,11 @@ def main(c, config_name):
   runs = cli.validated_runs(c, "tpu", runs)
 
   from rope_jax import config, report
+  from rope_jax.search import settings
   from rope_jax.train import ahead
+
+  # Factors that are still to be found take as much memory as any others.
+  runs = {name: settings.placeholder(run) for name, run in runs.items()}
 
   try:
     tpu = ahead.tpu_slice(TOPOLOGY.value)

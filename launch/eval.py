@@ -13,6 +13,7 @@ workdir_of, REPORT = cli.define_workdir(), cli.define_report()
 
 def main(c, config_name):
   workdir, runs = workdir_of(config_name), cli.validated_runs(c)
+  runs = cli.searched(runs, workdir)
 
   from rope_jax.train import loop  # after the checks: this is slow to import
 

@@ -35,6 +35,7 @@ def main(c, config_name):
   if not TOP_P.value:
     cli.fail("--top_p=0: expected a probability above 0")
   workdir, runs = workdir_of(config_name), cli.validated_runs(c)
+  runs = cli.searched(runs, workdir)
 
   from rope_jax.train import loop  # after the checks: this is slow to import
 

@@ -9,6 +9,7 @@ The block `config.rope.<method>` of each scaling is made from the signature of i
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -31,6 +32,7 @@ from rope_jax.evals.entries import (  # noqa: F401 - for configs
   posgen,
   ruler,
 )
+from rope_jax.search import METHODS
 from rope_jax.weights import RUN_FILE
 
 # Given by `resolve.rope`, not by the user.
@@ -162,6 +164,27 @@ def base() -> ConfigDict:
   # Devices over which each sequence is split, and parameters too; -1: all that the others leave.
   c.mesh.context = 1
   c.mesh.tensor = 1  # devices over which heads, the MLP and the vocabulary are split
+
+  c.search = ConfigDict()
+  # What finds the factors of rope.scaling='longrope' before the run, under launch/search.py: ''
+  # (nothing), 'longrope' (the paper), 'longrope_released', 'longrope_pieces', 'longrope2',
+  # 'longrope2_released' or 'gradient' (rope_jax/search).
+  c.search.method = ""
+  c.search.factors = "long"  # or 'short': those for up to original_context; the long ones are given
+  # How good factors are: any evaluation, at one length; () is rope.context, or original_context
+  # for short factors. Of text, what is fitted to is of the split that training is of.
+  c.search.fitness = perplexity(files="split:train", lengths=(), protocol="truncate", num_samples=5)
+  c.search.init_from = ""  # the model that factors are tried on; '' is init_from
+  # Factors of a shorter extension that the searched ones multiply, and factors to start from:
+  # files as rope.longrope.factors, or 'run:NAME'.
+  c.search.base = ""
+  c.search.initial = ""
+  # s of the search space and of its seeds; 0: context / original_context (or the context of
+  # search.base), and its square root for short factors.
+  c.search.factor = 0.0
+  c.search.batch_size = 0  # candidates at a time; 0: by what the memory allows
+  for name, method in METHODS.items():
+    c.search[name] = ConfigDict({f.name: f.default for f in dataclasses.fields(method)})
 
   c.generate = ConfigDict()
   # What happens to the cache of keys where the rope changes with the length of the sequence:

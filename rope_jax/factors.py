@@ -1,4 +1,4 @@
-"""LongRoPE factor lists from files."""
+"""LongRoPE factor lists from files, ours and those of others."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ def read(path: str) -> dict[str, tuple]:
   """Reads factor lists.
 
   JSON holds an object with `long_factor` and perhaps `short_factor`, alone or inside the
-  `rope_parameters` or `rope_scaling` of a Hugging Face config, or is itself the long list. CSV
+  `rope_parameters` or `rope_scaling` of a Hugging Face config, or is itself the long list; those
+  of launch/search.py also have `start_tokens` and say what rope they were `made_for`. CSV
   holds the long factors: one row (or one column), or one row for each layer.
 
   Returns:
-    {'long_factor': ..., and 'short_factor' where given}: tuples of numbers, or of such tuples.
+    {'long_factor': ..., and 'short_factor' where given}: tuples of numbers, or of such tuples;
+    'start_tokens' where it is not 0; 'made_for' where given, a dict.
 
   Raises:
     ValueError: if the file is not there or holds something else.
@@ -33,6 +35,23 @@ def read(path: str) -> dict[str, tuple]:
   return dict(long_factor=_plain(rows[0] if len(rows) == 1 else rows))
 
 
+def check(found: dict, rope: dict, free: tuple[str, ...] = ()) -> None:
+  """Compares what a file says that its factors are for with the rope that is to have them.
+
+  Args:
+    found: as `read` returns it.
+    rope: the same facts of that rope.
+    free: facts that may differ.
+
+  Raises:
+    ValueError: naming those that differ.
+  """
+  facts = {k: v for k, v in found.get("made_for", {}).items() if k in rope and k not in free}
+  other = [f"{k}={v!r} (here {rope[k]!r})" for k, v in facts.items() if v != rope[k]]
+  if other:
+    raise ValueError(f"these factors were made for {', '.join(other)}")
+
+
 def _from_json(value) -> dict[str, tuple]:
   if isinstance(value, list):
     return dict(long_factor=_plain(value))
@@ -46,7 +65,12 @@ def _from_json(value) -> dict[str, tuple]:
       f"it has attention_factor={value['attention_factor']}, which would be lost; put it in the "
       "option `attention` of the config and take it out of the file"
     )
-  return {k: _plain(value[k]) for k in ("long_factor", "short_factor") if k in value}
+  out = {k: _plain(value[k]) for k in ("long_factor", "short_factor") if k in value}
+  start, made_for = value.get("start_tokens", 0), value.get("made_for", {})
+  if not isinstance(start, int) or not isinstance(made_for, dict):
+    raise ValueError("expected a whole number as start_tokens and an object as made_for")
+  out |= dict(start_tokens=start) if start else {}
+  return out | (dict(made_for=made_for) if made_for else {})
 
 
 def _plain(value) -> tuple:

@@ -108,6 +108,21 @@ def tiny() -> ConfigDict:
   return c
 
 
+def tiny_pretraining(steps: int = 700) -> ConfigDict:
+  """`tiny`, to be trained from scratch on the sources of Python's standard library."""
+  c = tiny()
+  c.train.steps = steps
+  c.train.batch_size = 16
+  c.train.learning_rate = 3e-3
+  c.train.schedule = "cosine"
+  c.train.warmup_steps = 40
+  c.train.weight_decay = 0.1
+  c.train.b2 = 0.95
+  c.train.log_every = 50
+  c.checkpoint.every = 350
+  return c
+
+
 def tiny_extended(init_from: str) -> ConfigDict:
   """`tiny` with the weights of a run of it, evaluated as it is at up to 1,024 tokens."""
   c = tiny()

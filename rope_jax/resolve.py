@@ -35,6 +35,11 @@ def rope(c: ConfigDict, seq_len: int | None = None) -> rope_lib.Rope:
   options = {k: r[r.scaling][k] for k in config.method_options(function)}
   if r.scaling in r and r[r.scaling].get("factors"):
     options |= _from_file(c)
+  elif r.scaling == "longrope" and c.search.method and not options["long_factor"]:
+    raise ValueError(
+      f"config.search.method={c.search.method!r}: the factors are still to be found: "
+      "launch/search.py does so and goes on with them, or give rope.longrope.factors"
+    )
   given = dict(
     factor=factor(c),
     seq_len=r.context if seq_len is None else seq_len,
@@ -197,14 +202,31 @@ def fingerprint(c: ConfigDict) -> str:
 
 def _from_file(c: ConfigDict) -> dict:
   key, block = f"rope.{c.rope.scaling}", c.rope[c.rope.scaling]
-  for name in ("long_factor", "short_factor"):
+  for name in ("long_factor", "short_factor", "start_tokens"):
     check(not block.get(name), f"{key}.{name}", block.get(name),
-          f"() where {key}.factors names a file")  # fmt: skip
+          f"empty where {key}.factors names a file")  # fmt: skip
   try:
     found = factors.read(block.factors)
+    factors.check(found, factors_made_for(c))
+    lost = sorted(set(found) - set(block) - {"made_for", "short_factor"})
+    if lost:
+      raise ValueError(f"rope.scaling={c.rope.scaling!r} has no use for its {', '.join(lost)}")
   except ValueError as error:
     raise ValueError(f"config.{key}.factors={block.factors!r}: {error}") from None
   return {k: v for k, v in found.items() if k in block}
+
+
+def factors_made_for(c: ConfigDict) -> dict:
+  """What a file of factors says of the rope that they are for; a longer context is another rope."""
+  r = c.rope
+  return dict(
+    theta=r.theta,
+    head_dim=c.model.head_dim,
+    partial_rotary_factor=r.partial_rotary_factor,
+    base=r.base,
+    original_context=r.original_context,
+    attention=r[r.scaling].attention,
+  )
 
 
 def _validate(c: ConfigDict) -> None:

@@ -13,6 +13,7 @@ from rope_jax.config import base, train_length
 from rope_jax.data import POSITIONS, posgen
 from rope_jax.errors import check, choice
 from rope_jax.model.config import ATTENTION, CONTEXT_PARALLEL, LORA_TARGETS, ON_CHANGE, REMAT
+from rope_jax.search import settings as search
 from rope_jax.weights import locate
 
 
@@ -50,7 +51,8 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
     check("splash" not in m.attention or m[key] % 128 == 0, f"model.{key}", m[key],
            f"a multiple of 128 under model.attention={m.attention!r}")  # fmt: skip
   check(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "positive")
-  resolve.rope(c)
+  search.validate(c)
+  resolve.rope(search.placeholder(c))
 
   check(c.lora.rank >= 0, "lora.rank", c.lora.rank, "0 (none) or positive")
   for target in c.lora.targets:
@@ -155,19 +157,25 @@ def _inputs(c: ConfigDict) -> None:
   there = source in ("stdlib", "posgen") or source.startswith("tfds:") or os.path.exists(source)
   check(there or glob.glob(source, recursive=True), "data.source", source,
          "'stdlib', 'tfds:NAME', 'posgen', or an existing folder, file or glob")  # fmt: skip
-  if c.init_from and not c.init_from.startswith("run:"):
-    try:
-      locate(c.init_from)
-    except ValueError as error:
-      raise ValueError(f"config.init_from={c.init_from!r}: {error}") from None
+  for key, path in (("init_from", c.init_from), ("search.init_from", c.search.init_from)):
+    if path and not path.startswith("run:"):
+      try:
+        locate(path)
+      except ValueError as error:
+        raise ValueError(f"config.{key}={path!r}: {error}") from None
+  for key in ("base", "initial"):
+    path = c.search[key]
+    check(not path or path.startswith("run:") or os.path.exists(path), f"search.{key}", path,
+          "an existing file of factors, or 'run:NAME'")  # fmt: skip
   if not c.init_from:
     check(c.tokenizer, "tokenizer", c.tokenizer, "named ('byte' or a path), with no init_from")
   if c.tokenizer not in ("", "byte", "posgen"):
     check(os.path.exists(c.tokenizer), "tokenizer", c.tokenizer, "'byte' or an existing path")
-  for name, entry in c.evals.items():
+  entries = {f"evals.{name}": entry for name, entry in c.evals.items()}
+  for name, entry in {**entries, "search.fitness": c.search.fitness}.items():
     for pattern in filter(None, entry.get("files", "").split(",")):
-      there = pattern.startswith("tfds:") or glob.glob(pattern.strip(), recursive=True)
-      check(there, f"evals.{name}.files", pattern, "an existing file or a glob that matches")
+      there = pattern.startswith(("tfds:", "split:")) or glob.glob(pattern.strip(), recursive=True)
+      check(there, f"{name}.files", pattern, "an existing file or a glob that matches")
 
 
 def _name(c: ConfigDict, block: ConfigDict) -> str:

@@ -37,16 +37,17 @@ def texts(files: str, c) -> Iterator[str]:
   """Documents, in order.
 
   Args:
-    files: text files or globs, comma-separated, each file a document; 'tfds:NAME/SPLIT'; or '',
-      the validation split of config.data.source.
+    files: text files or globs, comma-separated, each file a document; 'tfds:NAME/SPLIT'; or
+      'split:NAME', of config.data.source, '' being its validation split.
     c: config of the run.
   """
   from rope_jax.data import corpus
   from rope_jax.data.text_builder import read_text
 
   directory = config_lib.data_dir(c)
-  if not files:
-    documents = corpus.documents(c.data.source, "validation", directory, c.data.text_key)
+  if not files or files.startswith("split:"):
+    split = files.removeprefix("split:") or "validation"
+    documents = corpus.documents(c.data.source, split, directory, c.data.text_key)
   elif files.startswith("tfds:"):
     name, _, split = files.rpartition("/")
     documents = corpus.documents(name, split, directory)
@@ -80,9 +81,12 @@ def pieces(entry, tokens: int, subject) -> list[np.ndarray]:
   for round_ in range(max((len(p) for p in later), default=0)):
     found += [parts[round_] for parts in later if round_ < len(parts)]
   if len(found) < entry.num_samples:
+    split, source = entry.files.removeprefix("split:"), subject.config.data.source
+    named = split and split == entry.files
     raise ValueError(
       f"num_samples={entry.num_samples} pieces of {tokens} tokens were asked for, "
-      f"{entry.files or 'the validation split of ' + subject.config.data.source} has {len(found)}"
+      + (split if named else f"the {split or 'validation'} split of {source}")
+      + f" has {len(found)}"
     )
   return found[: entry.num_samples]
 

@@ -16,7 +16,7 @@ def perplexity(**options) -> ConfigDict:
   """Perplexity by context length and by position (rope_jax/evals/perplexity.py)."""
   c = _entry("perplexity")
   # Text files or globs, comma-separated, each file a document; 'tfds:NAME/SPLIT', a split of a
-  # corpus; or '', the validation split of data.source.
+  # corpus; 'split:train', a split of data.source; or '', its validation split.
   c.files = ""
   c.start = 0  # character of each document to start at
   c.lengths = (4096,)

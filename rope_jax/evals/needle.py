@@ -117,6 +117,12 @@ def samples(entry, subject, texts: list[np.ndarray], length: int) -> list[Sample
   return out
 
 
+def rows(entry, subject, length: int) -> list[tuple[np.ndarray, int]]:
+  """The sequences of a length, [length] int32, each with the first token of its answer."""
+  found = samples(entry, subject, pieces(entry, length, subject), length)
+  return [(sample.tokens, sample.first) for sample in found]
+
+
 def answered(tokenizer, question: str, number: str) -> tuple[np.ndarray, np.ndarray]:
   """Ids of a question and of its answer, the digits alone.
 

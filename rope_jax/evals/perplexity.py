@@ -91,18 +91,27 @@ def windows(
     yield end - body, max(scored, end - body + first)
 
 
+def rows(entry, subject, length: int) -> list[tuple[np.ndarray, int]]:
+  """The windows of a length, [length] int32, each with the first token that is scored."""
+  return _windows(entry, subject, _samples(entry, subject), length)
+
+
 def _samples(entry, subject) -> list[np.ndarray]:
   return pieces(entry, entry.document_tokens or max(entry.lengths), subject)
 
 
-def _at_length(entry, subject, samples, length: int) -> dict:
+def _windows(entry, subject, samples, length: int) -> list[tuple[np.ndarray, int]]:
   bos = [subject.tokenizer.bos_id] if subject.tokenizer.adds_bos else []
   body = length - len(bos)
-  rows = [
+  return [
     (np.concatenate([bos, ids[start : start + body]]).astype(np.int32), scored - start + len(bos))
     for ids in samples
     for start, scored in windows(entry.protocol, len(ids), body, entry.stride, 1 - len(bos))
   ]
+
+
+def _at_length(entry, subject, samples, length: int) -> dict:
+  rows = _windows(entry, subject, samples, length)
   sums = np.zeros((entry.buckets, 3))  # of count, loss and loss squared
   bucket = np.arange(length) * entry.buckets // length
   size = entry.batch_size

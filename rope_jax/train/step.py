@@ -77,15 +77,18 @@ def train_step(
   return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
 
 
-def token_loss(model: Llama, *, chunk: int) -> Callable:
-  """The jitted (variables, tokens [B, L], rope) -> losses [B, L - 1] of tokens 1 .. L-1 (nats)."""
+def token_loss(model: Llama, *, chunk: int, rope_by_row: bool = False) -> Callable:
+  """The jitted (variables, tokens [B, L], rope) -> losses [B, L - 1] of tokens 1 .. L-1 (nats).
+
+  With `rope_by_row`, all numbers of the rope have a leading axis [B], a rope for each row.
+  """
 
   def losses(variables, tokens, rope):
     # All L tokens go through the model, the last for nothing, so that block sizes divide L.
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     back = np.argsort(attention.places(model.config, tokens.shape[1]))
     tokens, targets = attention.arrange(model.config, (tokens, targets))
-    hidden = model.apply(variables, tokens, rope)
+    hidden = model.apply(variables, tokens, rope, rope_by_row=rope_by_row)
     losses = token_losses(hidden, unembedding(variables["params"]), targets, chunk)[:, back]
     if jax.sharding.get_abstract_mesh().shape:  # every process reads them all
       losses = jax.lax.with_sharding_constraint(losses, P())

@@ -16,7 +16,9 @@ from rope_jax.train import sharding
 from rope_jax.train import step as step_lib
 
 
-def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
+def make(
+  c, mesh, model: Llama, text, rope_of: Callable | None = None
+) -> Callable[[dict], evals.Subject]:
   """The function variables -> Subject; what it compiles is kept for the next variables.
 
   Args:
@@ -24,8 +26,10 @@ def make(c, mesh, model: Llama, text) -> Callable[[dict], evals.Subject]:
     mesh: that is set.
     model: its model.
     text: its tokenizer.
+    rope_of: seq_len -> Rope; that of the config if None.
   """
-  rope_of = functools.cache(lambda seq_len: resolve.rope(c, seq_len))  # dprope takes its time
+  if rope_of is None:
+    rope_of = functools.cache(lambda seq_len: resolve.rope(c, seq_len))  # dprope takes its time
   chunk = c.train.loss_chunk
   loss, prediction = (
     make(model, chunk=chunk) for make in (step_lib.token_loss, step_lib.token_predictions)

@@ -1,0 +1,55 @@
+"""Searches for the factors of LongRoPE, then trains and evaluates with them.
+
+  python launch/search.py --config=configs/search_tiny.py --workdir=DIR
+
+Each run whose config.search.method names a method gets DIR/factors.json (in a comparison,
+DIR/NAME/factors.json) with its provenance, figures of the factors and of the fitness, and
+search.jsonl: all that was computed, so that the same command goes on where it was cut off. Then it
+is what launch/train.py makes of it, with these factors. config.rope.longrope.factors=FILE reads
+them in any other config.
+
+--throughput=N instead times N candidates of the first run that searches, evaluated together as here
+and one at a time with a fresh compile as released.
+"""
+
+import cli
+from absl import flags
+
+workdir_of, REPORT = cli.define_workdir(), cli.define_report()
+THROUGHPUT = flags.DEFINE_integer(
+  "throughput", 0, "Time so many candidates, both ways, and search nothing.", lower_bound=0
+)
+
+
+def main(c, config_name):
+  workdir, runs = workdir_of(config_name), cli.validated_runs(c)
+  searching = [name for name, run in runs.items() if run.search.method]
+  if not searching:
+    cli.fail("config.search.method='': names no method; or is it launch/train.py that you want?")
+
+  from rope_jax.search import run as search_lib  # after the checks: these are slow to import
+  from rope_jax.search import settings, throughput
+  from rope_jax.train import loop
+
+  if THROUGHPUT.value:
+    name = searching[0]
+    directory = cli.directory(workdir, name)
+    print(cli.checked(name, throughput.measure, runs[name], directory, THROUGHPUT.value))
+    return
+  results, used = {}, {}
+  for name, run in runs.items():
+    directory = cli.directory(workdir, name)
+    if name and cli.is_main():
+      print(f"\n== {name}", flush=True)
+    if run.search.method:
+      found = cli.checked(name, search_lib.search, run, directory)
+      if cli.is_main():
+        print(search_lib.summary(found, directory), flush=True)
+    used[name] = cli.checked(name, settings.searched, run, directory)
+    results[name] = cli.checked(name, loop.train, used[name], directory)
+  if cli.is_main():
+    cli.finish(results, used, workdir, REPORT.value)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,295 @@
+"""From a config to factors.json: what launch/search.py does for each run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import rope_jax
+from rope_jax import config as config_lib
+from rope_jax import evals
+from rope_jax import rope as rope_lib
+from rope_jax.model.config import from_config
+from rope_jax.model.llama import Llama
+from rope_jax.search import METHODS, gradient, settings
+from rope_jax.search.candidate import Candidate, Space
+from rope_jax.search.fitness import SubjectFitness, TokenFitness, entry_value, rows
+from rope_jax.search.journal import Journal
+from rope_jax.search.settings import JOURNAL
+from rope_jax.train import loop, multihost, sharding, state
+from rope_jax.train import subject as subject_lib
+
+
+def search(c, workdir: str, fitness: Callable | None = None) -> dict:
+  """Searches for factors, or continues where a search in this workdir was cut off.
+
+  Args:
+    c: a validated config.
+    workdir: gets search.jsonl (all that was computed), factors.json and figures.
+    fitness: (Subject) -> value, lower is better, in place of config.search.fitness: any function
+      of a model under the rope of a candidate.
+
+  Returns:
+    What factors.json holds: the factors, and where they come from.
+
+  Raises:
+    ValueError: for settings, text, factors or a workdir that do not fit each other.
+  """
+  return Search(c, workdir, fitness).run()
+
+
+def summary(result: dict, workdir: str) -> str:
+  """What was found, for the screen."""
+  fitness = result["provenance"]["fitness"]
+  lines = [f"{name:10}{value:12.6f}" for name, value in fitness["seeds"].items()]
+  found = result.get("short_factor", result["long_factor"])
+  return "\n".join(
+    [
+      f"fitness ({fitness['of']}), less is better",
+      *lines,
+      f"{'searched':10}{fitness['value']:12.6f}",
+    ]
+    + ["factors: " + " ".join(f"{x:.3g}" for x in found)]
+    + ([f"start_tokens: {result['start_tokens']}"] if result["start_tokens"] else [])
+    + [os.path.join(workdir, settings.FACTORS)]
+  )
+
+
+class Search:
+  """A search of one config; see `search`."""
+
+  def __init__(self, c, workdir: str, fitness: Callable | None = None):
+    self.config, self.workdir, self._function = c, workdir, fitness
+    self.method = settings.method(c)
+    self.entry = settings.fitness_entry(c)
+    self.stage = settings.stage(c, workdir)
+    self.space = Space(self.stage.rope, self.stage.factor, self.stage.initial, c.seed)
+    self.method.check(self.space)
+    self._known: dict[tuple, float] = {}  # all that was evaluated, in its order
+    self._curve: list[list[float]] = []  # [forward passes of the whole fitness, best so far]
+    self._cost = 0.0
+    self._best: Candidate | None = None
+    self._fitness = None
+
+  def run(self) -> dict:
+    """The search, from the journal as far as that goes."""
+    c = self.config
+    model_config = settings.model_config(c)
+    state.check_init(model_config, self.workdir)
+    mesh = sharding.make_mesh(c.mesh, 1 << 20, must_divide=False)
+    sharding.check(c, mesh, self.entry.lengths)
+    with jax.set_mesh(mesh):
+      text = loop.load_tokenizer(model_config, self.workdir)
+      try:
+        data = None if self._function else rows(self.entry, evals.Subject(c, text, None))
+      except ValueError as error:
+        raise ValueError(f"config.search.fitness: {error}") from error
+      os.makedirs(self.workdir, exist_ok=True)
+      multihost.wait("search")  # all look at the journal before one of them writes
+      self._journal = Journal(
+        os.path.join(self.workdir, JOURNAL), self._settings(text, data), multihost.is_main()
+      )
+      self._make = lambda: self._fitness_of(model_config, mesh, text, data)
+      self._samples = len(data.tokens) if data else 1
+      found = self._searched()
+    result = self._result(found)
+    if multihost.is_main():
+      config_lib.write_json(os.path.join(self.workdir, settings.FACTORS), result)
+      self._draw(found)
+    multihost.wait("searched")
+    return result
+
+  # ---- What the methods call.
+
+  def evaluate(self, candidates: list[Candidate], title: str) -> list[float]:
+    """Fitness of candidates; what is known is not evaluated again."""
+    new: dict[tuple, Candidate] = {}
+    for x in candidates:
+      if x.key not in self._known:
+        new.setdefault(x.key, x)
+    waiting = list(new.values())
+    while waiting:
+      size = self._group_size()
+      group, waiting = waiting[:size], waiting[size:]
+      self._bar.set_description(title)
+      question = [dict(factors=list(x.factors), start_tokens=x.start_tokens) for x in group]
+      values = self._journal.ask(dict(fitness=question), lambda g=group: self._ready()(g))
+      for x, value in zip(group, values):
+        self._count(x, value)
+    if multihost.is_main() and not self._journal.replays:
+      self._say(title)
+    return [self._known[x.key] for x in candidates]
+
+  def gradient(self, at: Candidate, samples: int, step: int) -> list[float]:
+    """The gradient at a candidate, see `TokenFitness.gradient`."""
+    used = min(samples, self._samples) or self._samples
+    self._cost += gradient.COST * used / self._samples
+    question = dict(gradient=list(at.factors), samples=samples, step=step)
+    answer = self._journal.ask(
+      question, lambda: self._ready().gradient(self.space.rope, at, samples, step)
+    )
+    self._bar.update(gradient.COST * used / self._samples)
+    return answer
+
+  # ---- What happens around them.
+
+  def _searched(self) -> Candidate:
+    total = self.method.budget(self.space)
+    if self.method.name == "gradient":
+      used = min(self.method.samples, self._samples) or self._samples
+      total += self.method.steps * gradient.COST * used / self._samples
+    self._started = time.monotonic()
+    replayed = self._journal.replays
+    if multihost.is_main():
+      c = self.config
+      print(
+        f"search: {c.search.method} of the {c.search.factors} factors, "
+        f"{self.space.rope.original_context:,} to {self.stage.length:,} tokens (factor "
+        f"{self.space.factor:g}), fitness {self._fitness_name()} of {self._samples} samples, "
+        f"{total:.0f} evaluations"
+        + (f"\n{self._journal.path}: what it holds is not computed again" if replayed else ""),
+        flush=True,
+      )
+    with tqdm(total=round(total, 1), disable=None, leave=False,
+              bar_format="{desc}: {l_bar}{bar}| {n:.0f}/{total:.0f} "
+              "[{elapsed}<{remaining}]{postfix}") as self._bar:  # fmt: skip
+      return self.method.search(self.space, self.evaluate, self.gradient)
+
+  def _ready(self):
+    if self._fitness is None:
+      self._fitness = self._make()
+      self._started, self._cost_before = time.monotonic(), self._cost
+    return self._fitness
+
+  def _group_size(self) -> int:
+    """Candidates at a time: as the journal has it, for a batch is computed as a whole."""
+    if self._journal.replays:
+      known = self._journal.peek()["question"].get("fitness", [None])
+      return len(known)
+    return self._ready().candidates
+
+  def _count(self, x: Candidate, value: float) -> None:
+    self._known[x.key] = value
+    self._cost += 1
+    if self._best is None or value < self._known[self._best.key]:
+      self._best = x
+    self._curve.append([round(self._cost, 6), self._known[self._best.key]])
+    self._bar.set_postfix_str(f"best {self._shown(self._known[self._best.key])}", refresh=False)
+    self._bar.update(1)
+
+  def _say(self, title: str) -> None:
+    best = self._known[self._best.key]
+    line = f"{title}  best {self._shown(best)}  {self._cost:.0f} evaluations"
+    done = self._cost - getattr(self, "_cost_before", 0.0)
+    left = self._bar.total - self._cost
+    if done > 0 and left > 0:
+      seconds = (time.monotonic() - self._started) / done * left
+      line += f"  ETA {int(seconds) // 60}m{int(seconds) % 60:02d}s"
+    tqdm.write(line)
+
+  def _shown(self, value: float) -> str:
+    tokens = self._function is None and hasattr(evals.module(self.entry.type), "rows")
+    return f"{np.exp(min(value, 700.0)):.4f} ppl" if tokens else f"{value:.6g}"
+
+  def _fitness_name(self) -> str:
+    if self._function:
+      return getattr(self._function, "__name__", type(self._function).__name__)
+    return f"{self.entry.type} at {self.entry.lengths[0]:,} tokens"
+
+  def _fitness_of(self, model_config, mesh, text, data):
+    c = self.config
+    variables = state.initial_variables(model_config, mesh, self.workdir)
+    model = Llama(from_config(c))
+    if data is not None:
+      return TokenFitness(
+        model,
+        variables,
+        mesh,
+        data,
+        self.stage.rope_of,
+        candidates=c.search.batch_size,
+        samples=self.entry.batch_size,
+        chunk=c.train.loss_chunk,
+      )
+
+    def subject_of(rope_of):
+      return subject_lib.make(c, mesh, model, text, rope_of)(variables)
+
+    function = self._function or (lambda subject: entry_value(self.entry, subject))
+    return SubjectFitness(function, subject_of, self.stage.rope_of)
+
+  def _settings(self, text, data) -> dict:
+    """All that the result depends on."""
+    c, source = self.config, settings.model_config(self.config)
+    # What says how it is computed, not what, may change; so may options of other methods.
+    own = {k: v for k, v in c.search.to_dict().items() if k != "batch_size"}
+    own = {k: v for k, v in own.items() if k not in METHODS or k == c.search.method}
+    facts = dict(rope_jax=rope_jax.__version__, seed=c.seed, init_from=source.init_from)
+    facts |= {f"search.{k}": v for k, v in own.items()}
+    facts |= {f"rope.{k}": v for k, v in c.rope.items() if not isinstance(v, ConfigDict)}
+    facts |= {f"rope.longrope.{k}": v for k, v in c.rope.longrope.items()}
+    facts |= {f"model.{k}": c.model[k] for k in _MODEL}
+    given = [self.stage.before, self.stage.long, *self.stage.initial]
+    facts |= dict(
+      init_step=settings.newest_step(state.init_path(source, self.workdir)),
+      tokenizer=text.fingerprint,
+      factors_given=settings.digest(given),
+    )
+    if self._function:
+      facts["search.fitness"] = self._fitness_name()
+    if data is not None:
+      facts["text"] = settings.digest([data.tokens.tolist(), data.first.tolist()])
+    return facts
+
+  def _result(self, found: Candidate) -> dict:
+    lists = self.stage.lists(found)
+    c = self.config
+    named = {x.name: self._known[x.key] for x in self._named()}
+    with open(self._journal.path) as f:
+      own = json.loads(f.readline())
+    return dict(
+      lists,
+      made_for=settings.made_for(c),
+      provenance=dict(
+        fitness=dict(of=self._fitness_name(), value=self._known[found.key], seeds=named),
+        searched=list(found.factors),
+        evaluations=len(self._known),
+        cost=round(self._cost, 6),
+        history=self._curve,
+        settings=own,
+      ),
+    )
+
+  def _named(self) -> list[Candidate]:
+    """PI, NTK and YaRN, as far as they were evaluated: they need not have been."""
+    out = [self.space.of_method(name) for name in ("pi", "ntk", "yarn")]
+    return [x for x in out if x.key in self._known]
+
+  def _draw(self, found: Candidate) -> None:
+    from rope_jax.search import figures
+
+    seeds = {name: self.space.of_method(name).factors for name in ("pi", "ntk", "yarn")}
+    figures.factors(
+      {**seeds, self.config.search.method: found.factors},
+      os.path.join(self.workdir, "factors.png"),
+      critical=rope_lib.critical_pair(self.space.rope),
+    )
+    tokens = self._function is None and hasattr(evals.module(self.entry.type), "rows")
+    figures.fitness(
+      {self.config.search.method: self._curve},
+      {x.name: self._known[x.key] for x in self._named()},
+      os.path.join(self.workdir, "fitness.png"),
+      label=self._fitness_name(),
+      perplexity=tokens,
+    )
+
+
+# Of config.model, what the weights have a meaning under.
+_MODEL = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "dtype")
