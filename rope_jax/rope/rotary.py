@@ -6,6 +6,7 @@ Reference: Su et al., RoFormer (arXiv 2104.09864).
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -384,11 +385,46 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = 
     return x.at[..., : 2 * pairs].set(rotated)
   axis = -1 if interleaved else -2
   x_pairs = x.reshape(*x.shape[:-1], *((pairs, 2) if interleaved else (2, pairs)))
-  x_pairs = x_pairs.astype(jnp.float32)
   cos, sin = (jnp.expand_dims(t, axis) for t in (cos, sin))
-  sign = np.array([-1.0, 1.0], np.float32).reshape((2,) if interleaved else (2, 1))
-  rotated = x_pairs * cos + jnp.flip(x_pairs, axis) * (sign * sin)
-  return rotated.reshape(x.shape).astype(x.dtype)
+  return _rotate_pairs(axis, x_pairs.astype(jnp.float32), cos, sin).reshape(x.shape).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rotate_pairs(axis: int, x_pairs, cos, sin):
+  """Rotates the two channels of each pair, along `axis`."""
+  shape = [1] * x_pairs.ndim
+  shape[axis] = 2
+  sign = np.array([-1.0, 1.0], np.float32).reshape(shape)
+  return x_pairs * cos + jnp.flip(x_pairs, axis) * (sign * sin)
+
+
+# The derivative with respect to cos and sin is written out because XLA for CPU (jax 0.10.2) fuses
+# the one of `flip` into a reduction that is wrong, up to reading what is not there. What is not
+# differentiated, mostly cos and sin, leaves nothing in memory for it.
+def _rotate_pairs_forward(axis, x_pairs, cos, sin):
+  differs = cos.perturbed or sin.perturbed
+  kept = cos.value, sin.value, x_pairs.value if differs else None
+  return _rotate_pairs(axis, x_pairs.value, cos.value, sin.value), kept
+
+
+def _rotate_pairs_backward(axis, kept, d_out):
+  cos, sin, x = kept
+  d_x = _rotate_pairs(axis, d_out, cos, -sin)
+  if x is None:
+    return d_x, None, None
+  (a, b), (d_a, d_b) = ((jnp.take(y, 0, axis), jnp.take(y, 1, axis)) for y in (x, d_out))
+  d_cos, d_sin = (jnp.expand_dims(d, axis) for d in (d_a * a + d_b * b, d_b * a - d_a * b))
+  return d_x, _sum_to(d_cos, cos.shape), _sum_to(d_sin, sin.shape)
+
+
+_rotate_pairs.defvjp(_rotate_pairs_forward, _rotate_pairs_backward, symbolic_zeros=True)
+
+
+def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Sums over the axes along which `shape` was broadcast."""
+  x = x.sum(tuple(range(x.ndim - len(shape))))
+  axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] > 1)
+  return x.sum(axes, keepdims=True)
 
 
 def _fixed_point(inv_freq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
