@@ -6,7 +6,7 @@ Pretrains a byte-level Llama at 128 tokens on the sources of Python's standard l
 factors for 1,024 tokens with the papers' settings: on text of the split that it was trained on, the
 table being of the other one. Nothing is trained after the search. The gradient searches have the
 budget of the evolutionary one, a step counting three forward passes. Arguments: seed, of the model
-and of the searches; samples of the fitness; runlocal, a search of a minute. docs/search.md has the
+and of the searches; steps of pretraining; runlocal, searches of a minute. docs/search.md has the
 tables.
 """
 
@@ -16,7 +16,7 @@ METHODS = ("longrope", "longrope_released", "longrope_pieces", "longrope2", "lon
 
 
 def get_config(arg=None):
-  arg = config.arguments(arg, seed=0, samples=5, steps=1500, runlocal=False)
+  arg = config.arguments(arg, seed=0, steps=1500, runlocal=False)
   runs = dict(pretrain=presets.tiny_pretraining(100 if arg.runlocal else arg.steps))
   for scaling in ("none", "pi", "ntk", "yarn"):
     runs["untouched" if scaling == "none" else scaling] = c = extended()
@@ -25,13 +25,11 @@ def get_config(arg=None):
     runs[method] = c = extended()
     c.rope.scaling = "longrope"
     c.search.method = method
-    c.search.fitness.num_samples = arg.samples
     if arg.runlocal and method != "gradient":
       c.search[method].update(population=8, generations=2, mutations=4, crossovers=4, parents=4)
-  # 64 + 40 x 32 = 1,344 evaluations: three, 130 on the way, and 1,211 for steps of 3 passes of one
-  # of five samples.
+  # Five samples: 64 + 40 x 32 = 1,344 evaluations are three, 126 on the way, and 2,016 steps of
+  # three passes of a fifth of the samples.
   gradient = runs["gradient"].search.gradient
-  gradient.samples = max(arg.samples // 5, 1)
   gradient.steps = 10 if arg.runlocal else 2016
   gradient.every = 5 if arg.runlocal else 16
   # The same budget again, from where evolution ended.
@@ -39,7 +37,6 @@ def get_config(arg=None):
   c.rope.scaling = "longrope"
   c.search.method = "gradient"
   c.search.initial = "run:longrope_released"
-  c.search.fitness.num_samples = arg.samples
   c.search.gradient.update(gradient)
   for c in runs.values():
     c.seed = arg.seed

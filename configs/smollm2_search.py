@@ -4,7 +4,7 @@
   python launch/search.py --config=configs/smollm2_search.py --workdir=runs/smollm2_search
 
 The search reads sources of Python's standard library and starts from YaRN, attention scale
-included; its budget is small, an hour or two on two CPU cores. Nothing is trained. Evaluated on
+included; its budget is small, less than an hour on two CPU cores. Nothing is trained. Evaluated on
 other sources of the library and on the prose of Python's manual. Arguments: method (one of
 config.search.method), steps of the gradient, samples of the fitness, and generations of eight
 candidates, where evolution it is. docs/search.md has the numbers.
@@ -16,7 +16,7 @@ from rope_jax import config, presets
 
 
 def get_config(arg=None):
-  arg = config.arguments(arg, method="gradient", steps=12, samples=2, generations=4)
+  arg = config.arguments(arg, method="gradient", steps=5, samples=1, generations=4)
   yarn, searched = extended(), extended()
   yarn.rope.scaling = "yarn"
   c = searched
@@ -25,7 +25,7 @@ def get_config(arg=None):
   c.search.method = arg.method
   c.search.fitness.num_samples = arg.samples
   if arg.method == "gradient":
-    c.search.gradient.update(steps=arg.steps, every=6, learning_rate=0.1)
+    c.search.gradient.update(steps=arg.steps, every=2, learning_rate=0.2)
   else:
     c.search[arg.method].update(
       population=8, parents=4, generations=arg.generations, mutations=4, crossovers=4
@@ -37,10 +37,10 @@ def extended():
   c = config.base()
   presets.smollm2_135m(c)
   c.rope.context = 16_384
-  c.evals.code = config.perplexity(lengths=(2048, 16_384), protocol="truncate", num_samples=2)
+  c.evals.code = config.perplexity(lengths=(2048, 16_384), protocol="truncate", num_samples=1)
   # The first topics are tables of operators.
   manual = importlib.util.find_spec("pydoc_data.topics").origin
   c.evals.prose = config.perplexity(
-    files=manual, start=20_000, lengths=(2048, 16_384), protocol="truncate", num_samples=2
+    files=manual, start=20_000, lengths=(2048, 16_384), protocol="truncate", num_samples=1
   )
   return c

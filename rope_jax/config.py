@@ -221,9 +221,14 @@ def runs(c: ConfigDict) -> dict[str, ConfigDict]:
     return {"": c}
   for i, name in enumerate(c.order):
     choice("order", name, list(c.runs))
-    source = c.runs[name].init_from.removeprefix("run:")
-    if c.runs[name].init_from != source:
-      choice(f"runs.{name}.init_from", source, c.order[:i])
+    search = c.runs[name].search
+    for key, path in (
+      ("init_from", c.runs[name].init_from),
+      *((f"search.{key}", search[key]) for key in ("init_from", "base", "initial")),
+    ):
+      source = path.removeprefix("run:")
+      if path != source:
+        choice(f"runs.{name}.{key}", source, c.order[:i])
     complete(c.runs[name].evals)
   return {name: c.runs[name] for name in c.order}
 
@@ -341,13 +346,21 @@ def read(workdir: str) -> ConfigDict:
         "rope.SCALINGS first"
       )
     del values["rope"][method]
-  for name, entry in values.pop("evals").items():
+  entries = [(c.evals, name, entry) for name, entry in values.pop("evals").items()]
+  if "search" in values:  # runs from before there was one have none
+    for method in set(values["search"]) - set(c.search):  # of a notebook, as above
+      del values["search"][method]
+    entries.append((c.search, "fitness", values["search"].pop("fitness")))
+  for block, name, entry in entries:
     try:
-      c.evals[name] = ENTRIES[entry["type"]]()
-      _assign(c.evals[name], entry)
+      block[name] = ENTRIES[entry["type"]]()
+      _assign(block[name], entry)
     except KeyError as error:
-      raise ValueError(f"{path}: config.evals.{name} is of another version: {error}") from error
+      raise ValueError(f"{path}: the evaluation {name} is of another version: {error}") from error
   _assign(c, values)
+  moved = os.path.join(workdir, "factors.json")  # what launch/search.py found for this run
+  if not os.path.exists(c.rope.longrope.factors or moved) and os.path.exists(moved):
+    c.rope.longrope.factors = moved
   return c
 
 
@@ -383,6 +396,8 @@ def _is_free(key: str) -> bool:
   return (
     key.startswith(free)
     or key in ("train.log_every", "train.loss_chunk", "train.accumulation", "data.dir")
+    # Where factors are read from: what they are is a fact of its own.
+    or key in ("rope.longrope.factors", "rope.dynamic_longrope.factors")
     or key in [f"model.{name}" for name in how]
   )
 

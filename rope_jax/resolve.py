@@ -35,7 +35,12 @@ def rope(c: ConfigDict, seq_len: int | None = None) -> rope_lib.Rope:
   options = {k: r[r.scaling][k] for k in config.method_options(function)}
   if r.scaling in r and r[r.scaling].get("factors"):
     options |= _from_file(c)
-  elif r.scaling == "longrope" and c.search.method and not options["long_factor"]:
+  elif (
+    r.scaling == "longrope"
+    and c.search.method
+    and c.search.factors == "long"
+    and not options["long_factor"]
+  ):
     raise ValueError(
       f"config.search.method={c.search.method!r}: the factors are still to be found: "
       "launch/search.py does so and goes on with them, or give rope.longrope.factors"
@@ -124,6 +129,9 @@ def training_rope(c: ConfigDict, time: int = 1) -> rope_lib.Rope:
   long = rope(c, length)
   if kind != "mixed":
     return long
+  check(long.start_tokens is None, "data.positions", kind,
+        "another where factors come with start_tokens: a rope has one other rope for some of its "
+        "tokens")  # fmt: skip
   # Short segments: what the method gives to so few tokens, or else the untouched base.
   own = depends_on_length(c)
   return dataclasses.replace(long, short=rope(c, c.rope.original_context) if own else base(c))
@@ -217,7 +225,7 @@ def _from_file(c: ConfigDict) -> dict:
 
 
 def factors_made_for(c: ConfigDict) -> dict:
-  """What a file of factors says of the rope that they are for; a longer context is another rope."""
+  """What a file of factors says of the rope that they are for, as far as it must be the same."""
   r = c.rope
   return dict(
     theta=r.theta,
@@ -225,7 +233,9 @@ def factors_made_for(c: ConfigDict) -> dict:
     partial_rotary_factor=r.partial_rotary_factor,
     base=r.base,
     original_context=r.original_context,
+    factor=factor(c),
     attention=r[r.scaling].attention,
+    resonance=r.resonance,
   )
 
 

@@ -70,7 +70,12 @@ class Space:
   def of_method(self, name: str) -> Candidate:
     """The factors that 'pi', 'ntk' or 'yarn' divides frequencies by."""
     scaled = rope_lib.SCALINGS[name](self.rope, self.factor)
-    return candidate(self.rope.inv_freq / scaled.inv_freq, name=name)
+    return candidate(ordered(self.rope.inv_freq / scaled.inv_freq), name=name)
+
+
+def ordered(factors) -> np.ndarray:
+  """Factors without the last digits, by which equal ones may differ after a division."""
+  return np.maximum.accumulate(np.round(np.asarray(factors, np.float64), 12))
 
 
 def redraw(rng, factors, chosen, low: float, high: float, step: float) -> np.ndarray:

@@ -48,7 +48,7 @@ class Evolution:
       check(getattr(self, key) >= 0, f"{where}.{key}", getattr(self, key), "0 or more")
     least = 2 if self.crossovers else 1
     check(self.parents >= least, f"{where}.parents", self.parents, f"at least {least}")
-    needed = max(self.least, self.parents)
+    needed = max(self.least + len(space.initial), self.parents)
     check(self.population >= needed, f"{where}.population", self.population,
           f"at least {needed}, for the parents and the candidates to start from")  # fmt: skip
     check(0 < self.probability <= 1, f"{where}.probability", self.probability, "in (0, 1]")

@@ -44,18 +44,19 @@ def fitness(
   """
   figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
   shown = (lambda x: np.exp(np.minimum(x, 700))) if perplexity else np.asarray
-  lowest = highest = None
+  seen = []
   for name, curve in curves.items():
     n, best = np.array(curve, np.float64).T
     (line,) = axes.step(n, shown(best), where="post", label=f"{name}, {shown(best[-1]):.4g}")
     axes.plot(n[-1], shown(best[-1]), "o", ms=4, color=line.get_color())
-    lowest = min(filter(None.__ne__, (lowest, shown(best).min())))
-    highest = max(filter(None.__ne__, (highest, shown(best[np.isfinite(best)]).max())))
+    seen += list(shown(best[np.isfinite(best)]))
   for i, (name, value) in enumerate(seeds.items()):
     if np.isfinite(value):
       axes.axhline(shown(value), color=f"C{i + len(curves)}", ls="--", lw=1,
                    label=f"{name}, {shown(value):.4g}")  # fmt: skip
-  top = min([shown(v) for v in seeds.values() if np.isfinite(v)] + [highest])
+  seen = seen or [1.0]  # where nothing was finite
+  lowest = min(seen)
+  top = min([shown(v) for v in seeds.values() if np.isfinite(v)] + [max(seen)])
   margin = max(top - lowest, 1e-6)
   axes.set(
     xlabel="evaluations (a gradient step counts three passes of its samples)",

@@ -6,6 +6,7 @@ compiled once, and rows are shared out among the devices of the mesh as in train
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -83,6 +84,7 @@ class TokenFitness:
     self._model, self._chunk = model, chunk
     self._data = data
     self._samples = min(samples, len(data.tokens))
+    self._scored = int((data.tokens.shape[1] - data.first).sum())
     self._losses = step_lib.token_loss(model, chunk=chunk, rope_by_row=True)
     self._descend = None
     self.candidates, self._compiled = self._compile(candidates)
@@ -92,7 +94,7 @@ class TokenFitness:
     ropes = [self._rope_of(c) for c in group]
     ropes += [ropes[0]] * (self.candidates - len(group))  # another shape would compile again
     stacked = _by_row(ropes, self._samples)
-    total, count = np.zeros(len(ropes)), 0
+    total = np.zeros(len(ropes))
     for i in range(0, len(self._data.tokens), self._samples):
       tokens = self._data.tokens[i : i + self._samples]
       own = len(tokens)
@@ -102,8 +104,7 @@ class TokenFitness:
       losses = losses.reshape(len(ropes), self._samples, -1)
       for row, first in enumerate(self._data.first[i : i + own]):
         total += losses[:, row, first - 1 :].sum(-1)  # losses[p - 1] is that of token p
-        count += losses.shape[-1] - (first - 1)
-    found = total[: len(group)] / count
+    found = total[: len(group)] / self._scored
     return [float(x) if np.isfinite(x) else float("inf") for x in found]
 
   def gradient(self, base: Rope, candidate, samples: int, step: int) -> list[float]:
@@ -143,7 +144,7 @@ class TokenFitness:
       weights=weights,
     )
     loss = step_lib.batch_loss(self._model, variables, batch, rope, self._chunk)
-    return loss / weights.sum()
+    return loss / (self._scored / len(self._data.tokens))  # their mean over rows is the fitness
 
   def _put(self, tokens: np.ndarray):
     split = sharding.batch_sharding(self._mesh, rows=len(tokens))
@@ -151,25 +152,35 @@ class TokenFitness:
 
   def _compile(self, candidates: int):
     length = self._data.tokens.shape[1]
-    device = self._mesh.devices.flat[0]
+    device = self._mesh.local_devices[0]
+    parallel = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
     some = candidates
+    if candidates * self._samples % parallel:
+      raise ValueError(
+        f"config.search.batch_size={candidates} times config.search.fitness.batch_size="
+        f"{self._samples}: the mesh's data x fsdp = {parallel} must divide it"
+      )
     if not candidates:
-      parallel = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
       some = max(_TOKENS.get(device.platform, 8192) // (length * self._samples), 1) * parallel
     while True:
       ropes = _by_row([self._rope_of(None)] * some, self._samples)
       tokens = self._put(np.zeros((some * self._samples, length), np.int32))
-      compiled = self._losses.lower(self._variables, tokens, ropes).compile()
-      need, there = _memory(compiled), _limit(device)
+      there, need = _limit(device), math.inf
+      try:
+        compiled = self._losses.lower(self._variables, tokens, ropes).compile()
+        need = _memory(compiled)
+      except jax.errors.JaxRuntimeError as error:  # compilers for TPU refuse themselves
+        if "RESOURCE_EXHAUSTED" not in str(error):
+          raise
       if need <= there:
         return some, compiled
-      if candidates or some == 1:
+      if candidates or some <= parallel:
         raise ValueError(
           f"config.search.batch_size={candidates}: {some} x {self._samples} sequences of {length} "
           f"tokens need {need / 2**30:.1f} GiB on a device with {there / 2**30:.1f}; lower it, or "
           "config.search.fitness.batch_size, or split more by config.mesh"
         )
-      some = max(some // 2, 1)
+      some = max(some // 2 // parallel, 1) * parallel
 
 
 class SubjectFitness:
@@ -177,20 +188,21 @@ class SubjectFitness:
 
   Args:
     evaluate: (Subject) -> value, lower is better.
-    subject_of: (seq_len -> Rope) -> Subject with this rope.
+    subject_of: (seq_len -> Rope) -> Subject with this rope; called once, so that what it compiles
+      serves all candidates.
     rope_of: (Candidate, seq_len) -> host Rope.
   """
 
   candidates = 1
 
   def __init__(self, evaluate: Callable, subject_of: Callable, rope_of: Callable):
-    self._evaluate, self._subject_of, self._rope_of = evaluate, subject_of, rope_of
+    self._evaluate, self._candidate = evaluate, None
+    self._subject = subject_of(lambda seq_len: rope_of(self._candidate, seq_len))
 
   def __call__(self, group: list) -> list[float]:
     """The fitness of one candidate."""
-    (candidate,) = group
-    subject = self._subject_of(lambda seq_len: self._rope_of(candidate, seq_len))
-    value = float(self._evaluate(subject))
+    (self._candidate,) = group
+    value = float(self._evaluate(self._subject))
     return [value if np.isfinite(value) else float("inf")]
 
 

@@ -54,8 +54,8 @@ class Gradient:
     check(self.samples >= 0, "search.gradient.samples", self.samples, "0 (all) or more")
     check(self.learning_rate > 0, "search.gradient.learning_rate", self.learning_rate, "positive")
     check(self.upper == 0 or self.upper > 1, "search.gradient.upper", self.upper, "0 or above 1")
+    upper = self._upper(space)
     for given in space.initial:
-      upper = self._upper(space)
       check(not given.start_tokens, "search.initial", given.start_tokens, "no start_tokens")
       check(given.monotone and given.factors[0] >= 1 and given.factors[-1] <= upper,
             "search.initial", list(given.factors),

@@ -40,7 +40,7 @@ class Journal:
     if changed:
       raise ValueError(
         f"{path} holds a search with other settings; choose another --workdir, or set back: "
-        + ", ".join(f"config.{x}" for x in changed)
+        + ", ".join(changed)
       )
     if writes:  # what is left of a line that was being written is gone
       whole = "".join(json.dumps(line) + "\n" for line in self._known)

@@ -12,7 +12,7 @@ import numpy as np
 
 from rope_jax import rope as rope_lib
 from rope_jax.errors import check
-from rope_jax.search.candidate import Candidate, Space, candidate, redraw
+from rope_jax.search.candidate import Candidate, Space, candidate, ordered, redraw
 from rope_jax.search.evolution import Evolution, drawn
 
 N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
@@ -46,9 +46,9 @@ class LongRoPE(Evolution):
     return 1.0, self.upper or 1.25 * space.factor
 
   def first(self, rng, space: Space, seen: set) -> list[Candidate]:
-    """PI, NTK, YaRN and what the user gives, then mutations of them."""
+    """What the user gives, PI, NTK and YaRN, then mutations of them."""
     seeds = [space.of_method(name) for name in ("pi", "ntk", "yarn")]
-    return self.fill(rng, space, [*seeds, *space.initial], seen)
+    return self.fill(rng, space, [*space.initial, *seeds], seen)
 
   def mutate(self, rng, space: Space, parent: Candidate, seen: set) -> Candidate:
     """Each factor and n-hat drawn anew with some probability."""
@@ -86,17 +86,21 @@ class Released(Evolution):
     return 1.0, self.upper or 1.0 + space.factor
 
   def first(self, rng, space: Space, seen: set) -> list[Candidate]:
-    """One seed and its mutations."""
-    return self.fill(rng, space, [self.seed(space)], seen)
+    """One seed (and what is not the user's to choose, in a recovery), and mutations."""
+    return self.fill(rng, space, [self.seed(space), *map(self.given, space.initial[1:])], seen)
+
+  def given(self, initial: Candidate) -> Candidate:
+    """A candidate that was given, with the genes of the method."""
+    return initial
 
   def seed(self, space: Space) -> Candidate:
     """The list of the user, or else s (1 - m) + m, m being the share of YaRN's that stays."""
     if space.initial:
-      return space.initial[0]
+      return self.given(space.initial[0])
     parts = rope_lib.ntk_by_parts(space.rope, space.factor).inv_freq / space.rope.inv_freq
     s = space.factor
     kept = (parts - 1 / s) / (1 - 1 / s)
-    return candidate(s * (1 - kept) + kept, name="yarn, factors blended")
+    return candidate(ordered(s * (1 - kept) + kept), name="yarn, factors blended")
 
   def mutate(self, rng, space: Space, parent: Candidate, seen: set) -> Candidate:
     """A walk over the pairs that goes on from its own result until that is monotone and new."""
@@ -159,7 +163,11 @@ class Pieces(Released):
 
   def seed(self, space: Space) -> Candidate:
     """That of `Released`, with a = b = 0."""
-    return dataclasses.replace(super().seed(space), genes=(0.0, 0.0))
+    return self.given(super().seed(space))
+
+  def given(self, initial: Candidate) -> Candidate:
+    """A candidate with a = b = 0."""
+    return dataclasses.replace(initial, genes=(0.0, 0.0))
 
   def mutate(self, rng, space: Space, parent: Candidate, seen: set) -> Candidate:
     """A walk that goes on until its result is monotone and new."""

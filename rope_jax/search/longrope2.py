@@ -26,7 +26,8 @@ def critical_range(space: Space) -> tuple[int, int]:
   """The first pairs that turn fewer than ten times, and less than once, in the original context."""
   rope = space.rope
   ten = int(np.sum(rope.wavelengths < rope.original_context / 10))
-  return max(ten, 1), min(max(rope_lib.critical_pair(rope), 1), space.pairs - 1)
+  last = min(max(rope_lib.critical_pair(rope), 1), space.pairs - 1)
+  return min(max(ten, 1), last), last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,10 @@ class LongRoPE2(Evolution):
   name = "longrope2"
 
   def check(self, space: Space) -> None:
-    super().check(space)
     check(not space.initial, "search.initial", "...",
           f"'' for search.method={self.name!r}: pairs below the critical one have a closed "
           "form")  # fmt: skip
+    super().check(space)
 
   def bounds(self, space: Space) -> tuple[float, float]:
     """From s to 2 s."""
@@ -55,7 +56,8 @@ class LongRoPE2(Evolution):
     seeds = []
     first, last = critical_range(space)
     for c in range(first, last + 1):
-      factor = min(float(rng.integers(math.ceil(low), math.floor(high) + 1)), high)
+      whole = math.ceil(low), math.floor(high)
+      factor = float(rng.integers(whole[0], whole[1] + 1)) if whole[0] <= whole[1] else low
       seeds.append(self.express(c, [factor] * (space.pairs - c)))
     rng.shuffle(seeds)  # where the population is smaller than they are many
     return self.fill(rng, space, seeds, seen)
@@ -114,10 +116,9 @@ class Released(LongRoPE2):
     c = self._critical(space)
     check(0 < c < space.pairs - 1, "search.longrope2_released.critical", self.critical,
           f"from 1 to {space.pairs - 2}")  # fmt: skip
-    low, high = self.bounds(space)
-    check(high - low > self.step * (space.pairs - c), "search.longrope2_released.upper", self.upper,
-          f"0 or a bound with more than {space.pairs - c} steps of {self.step} above {low:g}: the "
-          "factors must rise")  # fmt: skip
+    largest = self._tail(space, 7)[-1]
+    check(self.bounds(space)[1] >= largest, "search.longrope2_released.upper", self.upper,
+          f"0 or at least {largest:g}, the end of the largest seed")  # fmt: skip
 
   def budget(self, space: Space) -> int:
     """Its first generation is twice the population."""
@@ -125,15 +126,13 @@ class Released(LongRoPE2):
 
   def bounds(self, space: Space) -> tuple[float, float]:
     """From s to somewhat above the largest seed."""
-    return space.factor, self.upper or 3.5 * space.factor
+    return space.factor, self.upper or max(3.5 * space.factor, self._tail(space, 7)[-1])
 
   def first(self, rng, space: Space, seen: set) -> list[Candidate]:
     """Eight seeds and a chain of mutations from each."""
-    s, c = space.factor, self._critical(space)
     out = []
     for j in range(8):
-      tail = s * (2 + 3 / 16 * j) + s / 160 * np.arange(space.pairs - c)
-      seed = self.express(c, np.minimum(tail, self.bounds(space)[1]))
+      seed = self.express(self._critical(space), self._tail(space, j))
       seen.add(seed.key)
       out.append(seed)
     for i in range(2 * self.population - len(out)):
@@ -176,6 +175,10 @@ class Released(LongRoPE2):
 
   def _rising(self, critical: int, tail) -> Candidate | None:
     return self.express(critical, tail) if np.all(np.diff(tail) > 0) else None
+
+  def _tail(self, space: Space, j: int) -> np.ndarray:
+    s = space.factor
+    return s * (2 + 3 / 16 * j) + s / 160 * np.arange(space.pairs - self._critical(space))
 
   def _critical(self, space: Space) -> int:
     return self.critical or rope_lib.critical_pair(space.rope) - 1

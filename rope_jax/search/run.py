@@ -25,6 +25,7 @@ from rope_jax.search.journal import Journal
 from rope_jax.search.settings import JOURNAL
 from rope_jax.train import loop, multihost, sharding, state
 from rope_jax.train import subject as subject_lib
+from rope_jax.train.metrics import duration
 
 
 def search(c, workdir: str, fitness: Callable | None = None) -> dict:
@@ -48,13 +49,13 @@ def search(c, workdir: str, fitness: Callable | None = None) -> dict:
 def summary(result: dict, workdir: str) -> str:
   """What was found, for the screen."""
   fitness = result["provenance"]["fitness"]
-  lines = [f"{name:10}{value:12.6f}" for name, value in fitness["seeds"].items()]
+  lines = [f"{name:12}{value:12.6f}  its factors" for name, value in fitness["seeds"].items()]
   found = result.get("short_factor", result["long_factor"])
   return "\n".join(
     [
       f"fitness ({fitness['of']}), less is better",
       *lines,
-      f"{'searched':10}{fitness['value']:12.6f}",
+      f"{'searched':12}{fitness['value']:12.6f}",
     ]
     + ["factors: " + " ".join(f"{x:.3g}" for x in found)]
     + ([f"start_tokens: {result['start_tokens']}"] if result["start_tokens"] else [])
@@ -72,9 +73,14 @@ class Search:
     self.stage = settings.stage(c, workdir)
     self.space = Space(self.stage.rope, self.stage.factor, self.stage.initial, c.seed)
     self.method.check(self.space)
+    if fitness and c.search.method == "gradient":
+      raise ValueError(
+        "config.search.method='gradient': expected another, for a fitness of your own"
+      )
     self._known: dict[tuple, float] = {}  # all that was evaluated, in its order
     self._curve: list[list[float]] = []  # [forward passes of the whole fitness, best so far]
-    self._cost = 0.0
+    self._cost, self._cost_before = 0.0, 0.0
+    self._started = self._next_line = 0.0
     self._best: Candidate | None = None
     self._fitness = None
 
@@ -83,7 +89,7 @@ class Search:
     c = self.config
     model_config = settings.model_config(c)
     state.check_init(model_config, self.workdir)
-    mesh = sharding.make_mesh(c.mesh, 1 << 20, must_divide=False)
+    mesh = sharding.make_mesh(c.mesh, c.mesh.fsdp * jax.device_count(), must_divide=False)
     sharding.check(c, mesh, self.entry.lengths)
     with jax.set_mesh(mesh):
       text = loop.load_tokenizer(model_config, self.workdir)
@@ -92,7 +98,7 @@ class Search:
       except ValueError as error:
         raise ValueError(f"config.search.fitness: {error}") from error
       os.makedirs(self.workdir, exist_ok=True)
-      multihost.wait("search")  # all look at the journal before one of them writes
+      multihost.wait("search")
       self._journal = Journal(
         os.path.join(self.workdir, JOURNAL), self._settings(text, data), multihost.is_main()
       )
@@ -123,8 +129,7 @@ class Search:
       values = self._journal.ask(dict(fitness=question), lambda g=group: self._ready()(g))
       for x, value in zip(group, values):
         self._count(x, value)
-    if multihost.is_main() and not self._journal.replays:
-      self._say(title)
+    self._say(title)
     return [self._known[x.key] for x in candidates]
 
   def gradient(self, at: Candidate, samples: int, step: int) -> list[float]:
@@ -135,6 +140,8 @@ class Search:
     answer = self._journal.ask(
       question, lambda: self._ready().gradient(self.space.rope, at, samples, step)
     )
+    if not np.all(np.isfinite(answer)):
+      raise FloatingPointError(f"step {step} of the search: the gradient is {answer}")
     self._bar.update(gradient.COST * used / self._samples)
     return answer
 
@@ -145,7 +152,6 @@ class Search:
     if self.method.name == "gradient":
       used = min(self.method.samples, self._samples) or self._samples
       total += self.method.steps * gradient.COST * used / self._samples
-    self._started = time.monotonic()
     replayed = self._journal.replays
     if multihost.is_main():
       c = self.config
@@ -165,7 +171,7 @@ class Search:
   def _ready(self):
     if self._fitness is None:
       self._fitness = self._make()
-      self._started, self._cost_before = time.monotonic(), self._cost
+      self._started, self._cost_before = time.monotonic(), self._cost  # of what is not replayed
     return self._fitness
 
   def _group_size(self) -> int:
@@ -185,13 +191,16 @@ class Search:
     self._bar.update(1)
 
   def _say(self, title: str) -> None:
+    """A line now and then: not of what is read from the journal, nor several a second."""
+    now = time.monotonic()
+    if self._journal.replays or not multihost.is_main() or now < self._next_line:
+      return
+    self._next_line = now + 5
     best = self._known[self._best.key]
     line = f"{title}  best {self._shown(best)}  {self._cost:.0f} evaluations"
-    done = self._cost - getattr(self, "_cost_before", 0.0)
-    left = self._bar.total - self._cost
+    done, left = self._cost - self._cost_before, self._bar.total - self._cost
     if done > 0 and left > 0:
-      seconds = (time.monotonic() - self._started) / done * left
-      line += f"  ETA {int(seconds) // 60}m{int(seconds) % 60:02d}s"
+      line += f"  ETA {duration((now - self._started) / done * left)}"
     tqdm.write(line)
 
   def _shown(self, value: float) -> str:
@@ -226,27 +235,32 @@ class Search:
     return SubjectFitness(function, subject_of, self.stage.rope_of)
 
   def _settings(self, text, data) -> dict:
-    """All that the result depends on."""
+    """All that the result depends on: settings by their key, and facts."""
     c, source = self.config, settings.model_config(self.config)
     # What says how it is computed, not what, may change; so may options of other methods.
-    own = {k: v for k, v in c.search.to_dict().items() if k != "batch_size"}
-    own = {k: v for k, v in own.items() if k not in METHODS or k == c.search.method}
-    facts = dict(rope_jax=rope_jax.__version__, seed=c.seed, init_from=source.init_from)
-    facts |= {f"search.{k}": v for k, v in own.items()}
-    facts |= {f"rope.{k}": v for k, v in c.rope.items() if not isinstance(v, ConfigDict)}
-    facts |= {f"rope.longrope.{k}": v for k, v in c.rope.longrope.items()}
-    facts |= {f"model.{k}": c.model[k] for k in _MODEL}
+    own = {k: v for k, v in c.search.items() if k not in (*METHODS, "fitness", "batch_size")}
+    found = {f"config.search.{k}": v for k, v in own.items()}
+    found |= {f"config.search.{c.search.method}.{k}": v for k, v in
+              c.search[c.search.method].items()}  # fmt: skip
+    how = ("batch_size", "buckets")
+    found |= {f"config.search.fitness.{k}": v for k, v in self.entry.items() if k not in how}
+    found |= {f"config.rope.{k}": v for k, v in c.rope.items() if not isinstance(v, ConfigDict)}
+    found |= {f"config.rope.longrope.{k}": v for k, v in c.rope.longrope.items()}
+    found |= {f"config.model.{k}": c.model[k] for k in _MODEL}
+    found |= {f"config.{k}": c[k] for k in ("seed", "init_from")}
     given = [self.stage.before, self.stage.long, *self.stage.initial]
-    facts |= dict(
+    found |= dict(
       init_step=settings.newest_step(state.init_path(source, self.workdir)),
       tokenizer=text.fingerprint,
       factors_given=settings.digest(given),
     )
     if self._function:
-      facts["search.fitness"] = self._fitness_name()
-    if data is not None:
-      facts["text"] = settings.digest([data.tokens.tolist(), data.first.tolist()])
-    return facts
+      found["function"] = self._fitness_name()
+    elif data is None:
+      found["config.generate.on_change"] = c.generate.on_change
+    else:
+      found["text"] = settings.digest([data.tokens.tolist(), data.first.tolist()])
+    return found
 
   def _result(self, found: Candidate) -> dict:
     lists = self.stage.lists(found)
@@ -260,6 +274,7 @@ class Search:
       provenance=dict(
         fitness=dict(of=self._fitness_name(), value=self._known[found.key], seeds=named),
         searched=list(found.factors),
+        rope_jax=rope_jax.__version__,
         evaluations=len(self._known),
         cost=round(self._cost, 6),
         history=self._curve,

@@ -17,7 +17,7 @@ from rope_jax.errors import check, choice
 from rope_jax.evals.entries import complete
 from rope_jax.rope import Rope
 from rope_jax.search import METHODS
-from rope_jax.search.candidate import Candidate, candidate
+from rope_jax.search.candidate import Candidate, Space, candidate, ordered
 from rope_jax.weights import locate
 
 FACTORS, JOURNAL = "factors.json", "search.jsonl"
@@ -122,7 +122,20 @@ def validate(c: ConfigDict) -> None:
   check(s.factor == 0 or s.factor > 1, "search.factor", s.factor, "0 (by the contexts) or above 1")
   check(not (s.method == "gradient" and c.rope.resonance), "rope.resonance", True,
         "False under search.method='gradient': rounding has no derivative")  # fmt: skip
+  check(not (s.init_from and c.rope.base == "checkpoint"), "search.init_from", s.init_from,
+        "'' where rope.base='checkpoint', whose rope is that of init_from")  # fmt: skip
+  check(c.data.positions != "mixed" or not any(s[s.method].get("start_tokens", ())),
+        f"search.{s.method}.start_tokens", s[s.method].get("start_tokens"),
+        "(0,) with data.positions='mixed'")  # fmt: skip
+  if c.rope.base == "plain" and not s.base and s.factors == "long":
+    # What needs no file; the rest is checked when the files are read.
+    factor = s.factor or c.rope.context / c.rope.original_context
+    check(factor > 1, "rope.context", c.rope.context, "above rope.original_context")
+    method(c).check(Space(resolve.base(c), factor, (), c.seed))
   entry = fitness_entry(c)
+  files = entry.get("files", "")
+  check(not files.startswith("split:") or files[6:] in ("train", "validation", "test"),
+        "search.fitness.files", files, "'split:train' or 'split:validation'")  # fmt: skip
   evals.module(entry.type).validate("search.fitness", entry, c)
   tokens = hasattr(evals.module(entry.type), "rows")
   check(tokens or s.method != "gradient", "search.fitness.type", entry.type,
@@ -180,14 +193,14 @@ def stage(c: ConfigDict, workdir: str) -> Stage:
   factor = c.rope.context / context
   if s.factors == "short":
     long = _long(c)
-    factor = math.sqrt(factor)
+    factor = s.factor or math.sqrt(factor)
     # What lies between no interpolation and that of the long factors.
     ratio = (factor - 1) / (c.rope.context / L - 1)
-    towards = 1 + (np.array(long.factors) - 1) * ratio
-    initial = (candidate(ones.factors, name="none"), candidate(towards, name="long, reduced"))
+    towards = np.clip(1 + (ordered(long.factors) - 1) * ratio, 1, 1.25 * factor)
+    initial = (candidate(towards, name="long, reduced"), candidate(ones.factors, name="none"))
   if s.initial:
     given, _ = _given(c, "search.initial", s.initial, workdir)
-    own = np.divide(given.factors, before.factors)
+    own = ordered(np.divide(given.factors, before.factors))
     initial = (candidate(own, given.start_tokens, name="initial"), *initial)
   (length,) = fitness_entry(c).lengths
   return Stage(c, rope, s.factor or factor, length, initial, base, before, long)
@@ -204,18 +217,19 @@ def placeholder(c: ConfigDict) -> ConfigDict:
 
 
 def searched(c: ConfigDict, workdir: str) -> ConfigDict:
-  """The config of a run with the factors that its search has found.
+  """The config of a run with the factors that its search has found, and nothing left to search.
 
   Raises:
     ValueError: if there are none in its workdir.
   """
   if not c.search.method:
     return c
-  path = os.path.join(workdir, FACTORS)
+  path = os.path.abspath(os.path.join(workdir, FACTORS))
   check(os.path.exists(path), "search.method", c.search.method,
         f"'', or {FACTORS} in {workdir}, which launch/search.py writes")  # fmt: skip
   c = c.copy_and_resolve_references()
   c.rope.longrope.update(factors=path, long_factor=(), short_factor=(), start_tokens=0)
+  c.search = config_lib.base().search
   return c
 
 
@@ -255,7 +269,7 @@ def _given(c: ConfigDict, key: str, path: str, workdir: str) -> tuple[Candidate,
     path = os.path.join(os.path.dirname(os.path.abspath(workdir)), path[4:], FACTORS)
   try:
     found = factors.read(path)
-    factors.check(found, resolve.factors_made_for(c))
+    factors.check(found, resolve.factors_made_for(c), free=("factor",))
   except ValueError as error:
     raise ValueError(f"config.{key}={path!r}: {error}") from None
   pairs = int(c.model.head_dim * c.rope.partial_rotary_factor) // 2

@@ -42,10 +42,13 @@ def measure(c, workdir: str, candidates: int) -> str:
     for _ in range(candidates)
   ]
   source = settings.model_config(c)
-  mesh = sharding.make_mesh(c.mesh, 1 << 20, must_divide=False)
+  mesh = sharding.make_mesh(c.mesh, c.mesh.fsdp * jax.device_count(), must_divide=False)
   with jax.set_mesh(mesh):
     text = loop.load_tokenizer(source, workdir)
-    data = rows(entry, evals.Subject(c, text, None))
+    try:
+      data = rows(entry, evals.Subject(c, text, None))
+    except ValueError as error:
+      raise ValueError(f"config.search.fitness: {error}") from error
     if data is None:
       raise ValueError(f"config.search.fitness.type={entry.type!r}: expected one of tokens")
     variables = state.initial_variables(source, mesh, workdir)

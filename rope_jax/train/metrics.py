@@ -63,7 +63,7 @@ class Metrics:
     line += f"  lr {values['learning_rate']:.2e}"
     if steps:
       line += f"  {rate:,.0f} tokens/s" + (f"  MFU {values['mfu']:.1%}" if self._peak else "")
-      line += f"  ETA {_duration((self._last_step - step) * seconds / steps)}"
+      line += f"  ETA {duration((self._last_step - step) * seconds / steps)}"
     self.say(line, progress=step < self._last_step)
 
   def write(self, step: int, values: dict) -> None:
@@ -106,7 +106,7 @@ class Metrics:
       self._written |= {(row["step"], key.partition("/")[0]) for key in row}
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
