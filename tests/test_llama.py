@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tiny
 
-from rope_jax import rope
+from rope_jax import presets, rope
 from rope_jax.model import config as model_config
-from rope_jax.model.llama import REMAT_POLICIES, unembedding
+from rope_jax.model.config import from_config
+from rope_jax.model.llama import REMAT_POLICIES, Llama, unembedding
 
 LORA_PSC = dict(lora_rank=4, phase="psc")
 
@@ -153,3 +154,24 @@ def test_rope_for_another_head_dim_is_refused():
   m = tiny.model()
   with pytest.raises(ValueError, match="head_dim 32"):
     m.apply(tiny.initial(m), tiny.tokens(), rope.base(head_dim=32, theta=1e4, original_context=64))
+
+
+@pytest.mark.slow
+def test_frequencies_have_the_same_derivative_compiled_or_not():
+  # The compiler once fused it with others of a real size into something else.
+  c = presets.tiny()
+  c.model.attention = "dense"
+  m, base = Llama(from_config(c)), rope.base(head_dim=48, theta=1e4, original_context=128)
+  init = jax.jit(lambda: m.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), base))
+  variables, tokens = dict(init()), tiny.tokens(1, 1024, vocab=256)
+  weights = jnp.arange(1, 145)
+
+  def loss(factors):
+    r = base.with_inv_freq(jnp.asarray(base.inv_freq, jnp.float32) / factors)
+    return jnp.sum(jnp.sin(m.apply(variables, tokens, r) * weights))
+
+  factors = jnp.full(24, 2.0)
+  expected = jax.grad(loss)(factors)
+  np.testing.assert_allclose(
+    jax.jit(jax.grad(loss))(factors), expected, atol=1e-4 * np.abs(expected).max()
+  )

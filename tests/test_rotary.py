@@ -137,6 +137,36 @@ def test_frequencies_can_be_differentiated():
   np.testing.assert_allclose(jax.grad(f)(inv_freq), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("groups", [0, 2])
+def test_the_derivative_of_a_rotation_is_that_of_its_definition(interleaved, groups):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 5, 4, 16)), jnp.float32)
+  shape = (2, 5, groups, 6) if groups else (2, 5, 6)
+  cos, sin, weights = (
+    jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, shape, (2, 5, 4, 16))
+  )
+
+  def ours(x, cos, sin):
+    return jnp.sum(weights * jnp.sin(rope.rotate(x, cos, sin, interleaved=interleaved)))
+
+  def defined(x, cos, sin):
+    cos, sin = (jnp.repeat(t, 2, 2) if groups else t[..., None, :] for t in (cos, sin))
+    if interleaved:
+      a, b = x[..., 0:12:2], x[..., 1:12:2]
+    else:
+      a, b = x[..., :6], x[..., 6:12]
+    parts = [a * cos - b * sin, b * cos + a * sin]
+    out = (
+      jnp.stack(parts, -1).reshape(*x.shape[:-1], 12) if interleaved else jnp.concatenate(parts, -1)
+    )
+    return jnp.sum(weights * jnp.sin(jnp.concatenate([out, x[..., 12:]], -1)))
+
+  for wanted in ((0,), (1,), (2,), (0, 1, 2)):
+    for got, expected in zip(*(jax.jit(jax.grad(f, wanted))(x, cos, sin) for f in (ours, defined))):
+      np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_float_positions_are_refused():
   with pytest.raises(ValueError, match="integers"):
     rope.cos_sin(BASE, jnp.arange(4, dtype=jnp.bfloat16))
