@@ -175,8 +175,8 @@ def base() -> ConfigDict:
   # for short factors. Of text, what is fitted to is of the split that training is of.
   c.search.fitness = perplexity(files="split:train", lengths=(), protocol="truncate", num_samples=5)
   c.search.init_from = ""  # the model that factors are tried on; '' is init_from
-  # Factors of a shorter extension that the searched ones multiply, and factors to start from:
-  # files as rope.longrope.factors, or 'run:NAME'.
+  # Factors of a shorter extension that the searched ones multiply (or the long factors, where short
+  # ones are searched), and factors to start from: files as rope.longrope.factors, or 'run:NAME'.
   c.search.base = ""
   c.search.initial = ""
   # s of the search space and of its seeds; 0: context / original_context (or the context of

@@ -38,7 +38,7 @@ def rope(c: ConfigDict, seq_len: int | None = None) -> rope_lib.Rope:
   elif (
     r.scaling == "longrope"
     and c.search.method
-    and c.search.factors == "long"
+    and (c.search.factors == "long" or c.search.base)
     and not options["long_factor"]
   ):
     raise ValueError(

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from rope_jax import config, presets, rope
+from rope_jax import config, presets, rope, search
 from rope_jax.data import POSITIONS
 from rope_jax.train import loop
 
@@ -19,6 +19,17 @@ def test_every_method_has_its_row():
   assert set(POSITIONS) <= rows
   for phase in ("psc", "psc_rotation"):
     assert f"| phase `{phase}` |" in METHODS
+
+
+def test_every_search_has_its_row():
+  text = (ROOT / "docs" / "search.md").read_text()
+  assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) >= set(search.METHODS)
+
+
+def test_every_config_has_its_row():
+  text = (ROOT / "README.md").read_text()
+  for path in (ROOT / "configs").glob("*.py"):
+    assert f"`{path.name}`" in text, path.name
 
 
 def test_every_config_line_sets_a_key():

@@ -302,6 +302,24 @@ def test_short_factors_are_found_beside_long_ones(c, tmp_path):
   np.testing.assert_allclose(first[1], np.ones(8))
 
 
+def test_the_long_factors_of_a_recovery_may_be_those_of_another_run(c, tmp_path):
+  long = tuple(np.linspace(1, 4.5, 8))
+  c.search.factors = "short"
+  c.search.longrope.start_tokens = (0,)
+  c.rope.longrope.long_factor = long
+  here = settings.stage(c, str(tmp_path / "short"))
+  c.rope.longrope.long_factor = ()
+  (tmp_path / "long").mkdir()
+  config.write_json(str(tmp_path / "long/factors.json"), dict(long_factor=list(long)))
+  c.search.base = "run:long"
+  validate(c)
+  there = settings.stage(c, str(tmp_path / "short"))
+  assert here.long.factors == there.long.factors and here.initial == there.initial
+  c.rope.longrope.long_factor = long
+  with pytest.raises(ValueError, match="long_factor=.*empty where search.base"):
+    validate(c)
+
+
 @pytest.mark.parametrize(
   "entry",
   [
@@ -390,6 +408,7 @@ def test_nothing_found_yet_is_said_where_factors_are_wanted(c, tmp_path):
   ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_read(c, change, message):
+  c.search.longrope.start_tokens = (0, 3)
   for key, value in change.items():
     *blocks, name = key.split(".")
     block = c if key.startswith(("rope.", "train.", "data.")) or key == "seed" else c.search

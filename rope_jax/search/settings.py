@@ -113,7 +113,9 @@ def validate(c: ConfigDict) -> None:
   else:
     check(not block.short_factor, "rope.longrope.short_factor", block.short_factor,
           "() where search.factors='short': that is what is searched")  # fmt: skip
-    check(not s.base, "search.base", s.base, "'' where search.factors='short'")
+    for key in ("factors", "long_factor", "start_tokens"):
+      check(not (s.base and block[key]), f"rope.longrope.{key}", block[key],
+            "empty where search.base names the long factors")  # fmt: skip
     check("longrope2" not in s.method, "search.method", s.method,
           "another where search.factors='short': factors of longrope2 are at least s")  # fmt: skip
     start = s.longrope.start_tokens
@@ -181,7 +183,7 @@ def stage(c: ConfigDict, workdir: str) -> Stage:
   s, base, L = c.search, resolve.base(c), c.rope.original_context
   ones = candidate(np.ones(base.rotary_dim // 2))
   before, rope, context, long, initial = ones, base, L, None, ()
-  if s.base:
+  if s.base and s.factors == "long":
     before, made = _given(c, "search.base", s.base, workdir)
     context = made.get("context", 0)
     check(L < context < c.rope.context, "search.base", s.base,
@@ -192,7 +194,7 @@ def stage(c: ConfigDict, workdir: str) -> Stage:
     rope = rope_lib.rebase(at, context)
   factor = c.rope.context / context
   if s.factors == "short":
-    long = _long(c)
+    long = _given(c, "search.base", s.base, workdir)[0] if s.base else _long(c)
     factor = s.factor or math.sqrt(factor)
     # What lies between no interpolation and that of the long factors.
     ratio = (factor - 1) / (c.rope.context / L - 1)
@@ -208,7 +210,8 @@ def stage(c: ConfigDict, workdir: str) -> Stage:
 
 def placeholder(c: ConfigDict) -> ConfigDict:
   """The config with factors that say nothing, where its own are still to be found."""
-  if not c.search.method or c.search.factors == "short":
+  s = c.search
+  if not s.method or s.factors == "short" and not s.base:
     return c
   pairs = int(c.model.head_dim * c.rope.partial_rotary_factor) // 2
   c = c.copy_and_resolve_references()
