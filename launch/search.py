@@ -36,18 +36,19 @@ def main(c, config_name):
     directory = cli.directory(workdir, name)
     print(cli.checked(name, throughput.measure, runs[name], directory, THROUGHPUT.value))
     return
-  results, used = {}, {}
+  results, used, searches = {}, {}, {}
   for name, run in runs.items():
     directory = cli.directory(workdir, name)
     if name and cli.is_main():
       print(f"\n== {name}", flush=True)
     if run.search.method:
-      found = cli.checked(name, search_lib.search, run, directory)
+      searches[name] = cli.checked(name, search_lib.search, run, directory)
       if cli.is_main():
-        print(search_lib.summary(found, directory), flush=True)
+        print(search_lib.summary(searches[name], directory), flush=True)
     used[name] = cli.checked(name, settings.searched, run, directory)
     results[name] = cli.checked(name, loop.train, used[name], directory)
   if cli.is_main():
+    print("\n" + search_lib.compare(searches, workdir))
     cli.finish(results, used, workdir, REPORT.value)
 
 

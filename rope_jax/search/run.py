@@ -18,7 +18,7 @@ from rope_jax import evals
 from rope_jax import rope as rope_lib
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
-from rope_jax.search import METHODS, gradient, settings
+from rope_jax.search import METHODS, figures, gradient, settings
 from rope_jax.search.candidate import Candidate, Space
 from rope_jax.search.fitness import SubjectFitness, TokenFitness, entry_value, rows
 from rope_jax.search.journal import Journal
@@ -61,6 +61,42 @@ def summary(result: dict, workdir: str) -> str:
     + ([f"start_tokens: {result['start_tokens']}"] if result["start_tokens"] else [])
     + [os.path.join(workdir, settings.FACTORS)]
   )
+
+
+def compare(results: dict[str, dict], workdir: str) -> str:
+  """Several searches of one fitness: a figure, DIR/fitness.png, and a table for the screen.
+
+  Args:
+    results: name -> what `search` returned.
+    workdir: of the comparison.
+
+  Returns:
+    The best fitness of each after so many evaluations; '' where their fitness is not the same.
+  """
+  fitness = [r["provenance"]["fitness"] for r in results.values()]
+  if len(fitness) < 2 or len({f["of"] for f in fitness}) > 1:
+    return ""
+  curves = {name: r["provenance"]["history"] for name, r in results.items()}
+  seeds = {k: v for f in fitness for k, v in f["seeds"].items()}
+  figures.fitness(
+    curves,
+    seeds,
+    os.path.join(workdir, "fitness.png"),
+    label=fitness[0]["of"],
+    perplexity=fitness[0]["tokens"],
+  )
+  last = max(curve[-1][0] for curve in curves.values())
+  marks = [n for n in (3, 10, 30, 100, 300, 1000, 3000) if n < last]
+  rows = [["best fitness after", *(f"{n:,}" for n in marks), "all"]]
+  for name, curve in curves.items():
+    best = [min([v for n, v in curve if n <= mark], default=float("nan")) for mark in marks]
+    values = [*best, curve[-1][1]]
+    values = [np.exp(min(v, 700.0)) if fitness[0]["tokens"] else v for v in values]
+    rows.append([name, *(f"{v:.4g}" for v in values)])
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  lines = ["  ".join([row[0].ljust(widths[0])] + [x.rjust(w) for x, w in zip(row[1:], widths[1:])])
+           for row in rows]  # fmt: skip
+  return "\n".join([f"{fitness[0]['of']}, by evaluations", *lines])
 
 
 class Search:
@@ -204,8 +240,12 @@ class Search:
     tqdm.write(line)
 
   def _shown(self, value: float) -> str:
-    tokens = self._function is None and hasattr(evals.module(self.entry.type), "rows")
+    tokens = self._of_tokens()
     return f"{np.exp(min(value, 700.0)):.4f} ppl" if tokens else f"{value:.6g}"
+
+  def _of_tokens(self) -> bool:
+    """Whether it is a mean loss, whose exponential is a perplexity."""
+    return self._function is None and hasattr(evals.module(self.entry.type), "rows")
 
   def _fitness_name(self) -> str:
     if self._function:
@@ -272,7 +312,12 @@ class Search:
       lists,
       made_for=settings.made_for(c),
       provenance=dict(
-        fitness=dict(of=self._fitness_name(), value=self._known[found.key], seeds=named),
+        fitness=dict(
+          of=self._fitness_name(),
+          value=self._known[found.key],
+          tokens=self._of_tokens(),
+          seeds=named,
+        ),
         searched=list(found.factors),
         rope_jax=rope_jax.__version__,
         evaluations=len(self._known),
@@ -288,21 +333,18 @@ class Search:
     return [x for x in out if x.key in self._known]
 
   def _draw(self, found: Candidate) -> None:
-    from rope_jax.search import figures
-
     seeds = {name: self.space.of_method(name).factors for name in ("pi", "ntk", "yarn")}
     figures.factors(
       {**seeds, self.config.search.method: found.factors},
       os.path.join(self.workdir, "factors.png"),
       critical=rope_lib.critical_pair(self.space.rope),
     )
-    tokens = self._function is None and hasattr(evals.module(self.entry.type), "rows")
     figures.fitness(
       {self.config.search.method: self._curve},
       {x.name: self._known[x.key] for x in self._named()},
       os.path.join(self.workdir, "fitness.png"),
       label=self._fitness_name(),
-      perplexity=tokens,
+      perplexity=self._of_tokens(),
     )
 
 
