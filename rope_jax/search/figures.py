@@ -53,7 +53,7 @@ def fitness(
   for i, (name, value) in enumerate(seeds.items()):
     if np.isfinite(value):
       axes.axhline(shown(value), color=f"C{i + len(curves)}", ls="--", lw=1,
-                   label=f"{name}, {shown(value):.4g}")  # fmt: skip
+                   label=f"factors of {name}, {shown(value):.4g}")  # fmt: skip
   seen = seen or [1.0]  # where nothing was finite
   lowest = min(seen)
   top = min([shown(v) for v in seeds.values() if np.isfinite(v)] + [max(seen)])
