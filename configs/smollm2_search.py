@@ -10,8 +10,6 @@ config.search.method), steps of the gradient, samples of the fitness, and genera
 candidates, where evolution it is. docs/search.md has the numbers.
 """
 
-import importlib.util
-
 from rope_jax import config, presets
 
 
@@ -38,9 +36,7 @@ def extended():
   presets.smollm2_135m(c)
   c.rope.context = 16_384
   c.evals.code = config.perplexity(lengths=(2048, 16_384), protocol="truncate", num_samples=1)
-  # The first topics are tables of operators.
-  manual = importlib.util.find_spec("pydoc_data.topics").origin
   c.evals.prose = config.perplexity(
-    files=manual, start=20_000, lengths=(2048, 16_384), protocol="truncate", num_samples=1
+    files=presets.manual(), start=20_000, lengths=(2048, 16_384), protocol="truncate", num_samples=1
   )
   return c

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from ml_collections import ConfigDict
 
 from rope_jax import config
@@ -96,6 +98,11 @@ def posgen_decoder(c: ConfigDict) -> None:
     tie_embeddings=True,
     remat="none",
   )
+
+
+def manual() -> str:
+  """A file of half a megabyte of prose on every machine: the topics of Python's manual."""
+  return importlib.util.find_spec("pydoc_data.topics").origin
 
 
 def tiny() -> ConfigDict:

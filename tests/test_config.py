@@ -22,6 +22,9 @@ ARGUMENTS = {
     "task=cot,scaling=yarn,yarn=test_only,yarn_length=257,mode=combinations,layers=6",
     "task=recursive,scaling=pi,yarn=test_only,runlocal",
   ],
+  "longrope": ["runlocal"],
+  "search_tiny": ["seed=1", "runlocal"],
+  "smollm2_search": ["method=longrope2,samples=2"],
   "psc_64k": ["scaling=pi", "phase=none,rank=72", "scaling=ntk"],
 }
 
@@ -47,7 +50,7 @@ def test_every_config_is_valid_and_says_what_it_is(path, arg):
   )
   for c in config.runs(load(path, arg)).values():
     if c.model.attention == "splash":  # for slices; their weights are not on every machine
-      with pytest.raises(ValueError, match="config.init_from"):
+      with pytest.raises(ValueError, match=r"config.(search.)?init_from"):
         validate.validate(c, "tpu")
       validate.validate(c, "tpu", inputs=False)
     else:
