@@ -80,5 +80,7 @@ def test_a_run_of_another_version_is_refused_by_name(tmp_path):
   path = tmp_path / "run.json"
   assert config.read(str(tmp_path)).to_dict() == c.to_dict()
   path.write_text(path.read_text().replace("every_steps", "every"))
-  with pytest.raises(ValueError, match="run.json: config.evals.perplexity.*another version.*every"):
+  with pytest.raises(
+    ValueError, match="run.json: the evaluation perplexity.*another version.*every"
+  ):
     config.read(str(tmp_path))
