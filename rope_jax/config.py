@@ -88,6 +88,10 @@ def base() -> ConfigDict:
   c.model.d_ff = 128
   c.model.norm_eps = 1e-5
   c.model.tie_embeddings = True
+  # Tokens that a token attends to, itself included, in the order of the sequence; 0: all before it.
+  c.model.window = 0
+  c.model.bias = ()  # linear maps with a bias, of q, k, v, o, gate, up, down (Qwen2: q, k, v)
+  c.model.qk_norm = False  # an RMS norm of each head's queries and keys (Qwen3)
   c.model.dtype = "float32"  # compute; norms, softmax, angles and loss are float32 in any case
   c.model.param_dtype = "float32"  # of the base model; adapters are float32
   # 'dense', 'blockwise' (any backend), 'splash' (TPU) or 'splash_interpret' (its test anywhere)
@@ -147,7 +151,7 @@ def base() -> ConfigDict:
   c.train.b1 = 0.9
   c.train.b2 = 0.999
   c.train.eps = 1e-8
-  c.train.weight_decay = 0.0  # on matrices, not on norms
+  c.train.weight_decay = 0.0  # on matrices, not on norms and biases
   c.train.clip = 1.0  # global gradient norm; 0: off
   c.train.loss_chunk = 1024  # tokens whose logits exist at a time
   c.train.log_every = 10

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import json
-import os
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,6 +13,7 @@ from rope_jax import config, factors
 from rope_jax import rope as rope_lib
 from rope_jax.errors import check, choice
 from rope_jax.weights import locate
+from rope_jax.weights.source import open_source
 
 PHASES = ("none", "psc", "psc_rotation")
 
@@ -85,16 +84,13 @@ def _own_rope(c: ConfigDict, plain: rope_lib.Rope) -> rope_lib.Rope:
       kind, path = locate(c.init_from)
     except ValueError as error:
       raise ValueError(f"config.init_from={c.init_from!r}: {error}") from None
-  check(kind in ("hf", "run"), "rope.base", c.rope.base,
-        "'plain' unless init_from is a Hugging Face directory or the workdir of a run")  # fmt: skip
+  check(kind, "rope.base", c.rope.base, "'plain' unless init_from is a checkpoint or a run")
   if kind == "run":
     source = config.read(path)
     own = rope(source) if source.train.rope == "scaled" else _unscaled(source)
   else:
-    with open(os.path.join(path, "config.json")) as f:
-      hf = json.load(f)
     try:
-      own = rope_lib.from_hf(hf)
+      own = open_source(path).rope
     except ValueError as error:
       raise ValueError(f"config.init_from={c.init_from!r}: {error}") from error
   dependent = [name for name, options in own.history if "seq_len" in options]

@@ -12,7 +12,7 @@ from rope_jax import evals, resolve
 from rope_jax.config import base, train_length
 from rope_jax.data import POSITIONS, posgen
 from rope_jax.errors import check, choice
-from rope_jax.model.config import ATTENTION, CONTEXT_PARALLEL, LORA_TARGETS, ON_CHANGE, REMAT
+from rope_jax.model.config import ATTENTION, CONTEXT_PARALLEL, LINEARS, ON_CHANGE, REMAT
 from rope_jax.search import settings as search
 from rope_jax.weights import locate
 
@@ -51,16 +51,18 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
     check("splash" not in m.attention or m[key] % 128 == 0, f"model.{key}", m[key],
            f"a multiple of 128 under model.attention={m.attention!r}")  # fmt: skip
   check(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "positive")
+  for name in m.bias:
+    choice("model.bias", name, LINEARS)
   search.validate(c)
   resolve.rope(search.placeholder(c))
 
   check(c.lora.rank >= 0, "lora.rank", c.lora.rank, "0 (none) or positive")
   for target in c.lora.targets:
-    choice("lora.targets", target, LORA_TARGETS)
+    choice("lora.targets", target, LINEARS)
 
   if c.lora.rank:
     check(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "positive")
-    check(c.lora.targets, "lora.targets", c.lora.targets, f"some of {LORA_TARGETS}")
+    check(c.lora.targets, "lora.targets", c.lora.targets, f"some of {LINEARS}")
 
   check(c.seed >= 0, "seed", c.seed, "0 or more")
   choice("train.trainable", t.trainable, ("all", "adapters"))

@@ -73,7 +73,7 @@ def test_output_depends_on_relative_position_only():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lora_and_psc_are_the_identity_at_init_bit_for_bit(dtype):
-  with_adapters = tiny.model(dtype=dtype, lora_targets=model_config.LORA_TARGETS, **LORA_PSC)
+  with_adapters = tiny.model(dtype=dtype, lora_targets=model_config.LINEARS, **LORA_PSC)
   v = tiny.initial(with_adapters)
   assert set(v) == {"params", "lora", "phase"}
   base = tiny.model(dtype=dtype)
@@ -88,7 +88,7 @@ def test_lora_and_psc_are_the_identity_at_init_bit_for_bit(dtype):
     assert np.abs(difference).max() > 0, name
 
 
-@pytest.mark.parametrize("target", model_config.LORA_TARGETS)
+@pytest.mark.parametrize("target", model_config.LINEARS)
 def test_lora_equals_the_merged_weight(target):
   m = tiny.model(lora_rank=3, lora_alpha=6.0, lora_targets=(target,))
   v = tiny.variables(m)

@@ -10,7 +10,7 @@ ATTENTION = ("dense", "blockwise", "splash", "splash_interpret")
 CONTEXT_PARALLEL = ("all_gather", "ring")
 ON_CHANGE = ("recompute", "rotate", "capacity")
 REMAT = ("none", "full", "attention", "qkv", "matmuls", "offload")
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,9 @@ class ModelConfig:
   d_ff: int
   norm_eps: float = 1e-5
   tie_embeddings: bool = False
+  window: int = 0
+  bias: tuple[str, ...] = ()
+  qk_norm: bool = False
   dtype: str = "float32"
   param_dtype: str = "float32"
   attention: str = "blockwise"

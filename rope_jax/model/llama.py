@@ -177,6 +177,9 @@ class Attention(nn.Module):
     q_BxLxHxE = _linear(self, "q", x_BxLxD, dict(d=D), dict(h=H, e=E))
     k_BxLxKxE = _linear(self, "k", x_BxLxD, dict(d=D), dict(h=K, e=E))
     v_BxLxKxE = _linear(self, "v", x_BxLxD, dict(d=D), dict(h=K, e=E))
+    if cfg.qk_norm:
+      q_BxLxHxE = RMSNorm(cfg, name="q_norm")(q_BxLxHxE)
+      k_BxLxKxE = RMSNorm(cfg, name="k_norm")(k_BxLxKxE)
     psc_q, psc_k = (
       shared.get(name) or (cfg.phase != "none" and _psc_variable(self, name, heads))
       for name, heads in (("psc_q", H), ("psc_k", K))
@@ -249,7 +252,7 @@ def _rotate(cfg: ModelConfig, psc, x, angles):
 
 
 def _linear(module: nn.Module, name: str, x: jax.Array, inputs: dict, outputs: dict) -> jax.Array:
-  """x W, plus (alpha / rank) x A B if `name` is a LoRA target.
+  """x W, plus a bias if the model has one there, plus (alpha / rank) x A B if LoRA targets `name`.
 
   `inputs` and `outputs` map einsum letters to sizes. A starts uniform within 1/sqrt(fan in) and
   B zero, as in PEFT, so the adapter starts as the identity.
@@ -261,6 +264,9 @@ def _linear(module: nn.Module, name: str, x: jax.Array, inputs: dict, outputs: d
   stddev = 0.02 / math.sqrt(2 * cfg.num_layers) if o == "d" else 0.02
   weight = module.param(name, nn.initializers.normal(stddev), in_shape + out_shape, cfg.param_dtype)
   y = jnp.einsum(f"bl{i},{i}{o}->bl{o}", x, weight.astype(cfg.dtype))
+  if name in cfg.bias:
+    bias = module.param(f"{name}_bias", nn.initializers.zeros, out_shape, cfg.param_dtype)
+    y = y + bias.astype(cfg.dtype)
   if not cfg.lora_rank or name not in cfg.lora_targets:
     return checkpoint_name(y, name)
   bound = 1 / math.sqrt(math.prod(in_shape))

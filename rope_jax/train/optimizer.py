@@ -22,10 +22,12 @@ def schedule(t) -> optax.Schedule:
 
 
 def optimizer(t) -> optax.GradientTransformation:
-  """The optimizer of `config.train`. Weight decay spares the scales of norms."""
+  """The optimizer of `config.train`. Weight decay spares norms and biases."""
 
   def decayed(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: path[-1].key != "scale" and not path[-1].key.endswith("_bias"), params
+    )
 
   adamw = optax.adamw(
     schedule(t), b1=t.b1, b2=t.b2, eps=t.eps, weight_decay=t.weight_decay, mask=decayed

@@ -28,6 +28,7 @@ RULES = (
   (r"params/embedding$", P("tensor", FULLY)),
   (r"params/lm_head$", P(FULLY, "tensor")),
   (r"params/layers/.*/(q|k|v|gate|up)$", P(None, FULLY, "tensor")),
+  (r"params/layers/.*/(q|k|v|gate|up)_bias$", P(None, "tensor")),
   (r"params/layers/attention/o$", P(None, "tensor", None, FULLY)),
   (r"params/layers/mlp/down$", P(None, "tensor", FULLY)),
   (r"lora/layers/.*/(q|k|v|gate|up)/a$", P(None, FULLY)),

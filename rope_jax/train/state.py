@@ -6,7 +6,6 @@ import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rope_jax import config as config_lib
 from rope_jax import resolve
@@ -33,7 +32,7 @@ def initial_variables(c, mesh, workdir: str) -> dict:
     if locate(path)[0] == "run":
       given = run_variables(path, mesh)
     else:
-      given["params"] = load.load_params(path, placed["params"], _put)
+      given["params"] = load.load_params(path, placed["params"])
   for name in given:
     if name not in placed:
       raise ValueError(
@@ -143,12 +142,6 @@ def abstract_of(tree):
 
 def _with_sharding(leaf, sharding):
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _put(leaf, array):
-  # Each process has read the whole array, and puts on its devices what is theirs.
-  array = np.asarray(array)
-  return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
 
 def _check_same(c, expected, given) -> None:

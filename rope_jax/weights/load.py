@@ -1,31 +1,16 @@
-"""From a checkpoint's tensors to our tree of parameters."""
+"""From a checkpoint's tensors to our tree of parameters, sharded as they are read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from rope_jax import resolve
+from rope_jax.weights import names
 from rope_jax.weights.source import open_source
-
-# Our path in 'params' -> Hugging Face's tensor; {} is the layer. Matrices are [out, in] there.
-_TENSORS = {
-  "embedding": "model.embed_tokens.weight",
-  "lm_head": "lm_head.weight",
-  "final_norm/scale": "model.norm.weight",
-  "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-  "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-  "layers/attention/q": "model.layers.{}.self_attn.q_proj.weight",
-  "layers/attention/k": "model.layers.{}.self_attn.k_proj.weight",
-  "layers/attention/v": "model.layers.{}.self_attn.v_proj.weight",
-  "layers/attention/o": "model.layers.{}.self_attn.o_proj.weight",
-  "layers/mlp/gate": "model.layers.{}.mlp.gate_proj.weight",
-  "layers/mlp/up": "model.layers.{}.mlp.up_proj.weight",
-  "layers/mlp/down": "model.layers.{}.mlp.down_proj.weight",
-}
 
 
 def check(c) -> None:
@@ -39,7 +24,9 @@ def check(c) -> None:
   except ValueError as error:
     raise ValueError(f"config.init_from={c.init_from!r}: {error}") from error
   for key, value in source.hyperparameters.items():
-    if not math.isclose(c.model[key], value, rel_tol=1e-6):
+    if key == "window" and value and c.model.window > value:
+      continue  # a wider window is a way to extend a model; it needs no other weights
+    if not _same(c.model[key], value):
       raise ValueError(f"config.model.{key}={c.model[key]!r}: {c.init_from} has {value!r}")
   own = source.rope
   partial = own.rotary_dim / own.head_dim
@@ -55,6 +42,12 @@ def check(c) -> None:
       f"config.rope.original_context={c.rope.original_context}: {c.init_from} was trained on "
       f"{own.original_context} tokens"
     )
+
+
+def _same(ours, theirs) -> bool:
+  if isinstance(theirs, tuple):
+    return set(ours) == set(theirs)
+  return math.isclose(ours, theirs, rel_tol=1e-6)
 
 
 def _check_own_rope(c, own) -> None:
@@ -87,39 +80,81 @@ def _check_own_rope(c, own) -> None:
     )
 
 
-def load_params(init_from: str, abstract: dict, put: Callable) -> dict:
-  """Reads a base model into our tree, one leaf of it in host memory at a time.
+def load_params(init_from: str, abstract: dict) -> dict:
+  """Reads a base model into our tree.
+
+  Tensor by tensor, and of each only the part that the devices of this process hold. Beside the
+  parameters there is never more in memory than that part of the largest stacked leaf.
 
   Args:
     init_from: see `rope_jax.weights.locate`.
-    abstract: tree of ShapeDtypeStruct with the shapes and dtypes of the collection 'params'.
-    put: (leaf of `abstract`, numpy array) -> array on the devices.
+    abstract: tree of ShapeDtypeStruct of the collection 'params', with shardings or without.
 
   Returns:
     The tree, with every leaf from the checkpoint.
 
   Raises:
-    ValueError: if a tensor is missing or has the wrong number of elements.
+    ValueError: before anything is read, if a tensor is missing, has another shape, or is one that
+      the model has no place for.
   """
   source = open_source(init_from)
-
-  def read(path, leaf):
-    path = "/".join(p.key for p in path)
-    name = _TENSORS[path]
-    if "{}" not in name:
-      return put(leaf, _oriented(source.tensor(name), path, leaf.shape).astype(leaf.dtype))
-    stacked = np.empty(leaf.shape, leaf.dtype)
-    for i in range(leaf.shape[0]):
-      stacked[i] = _oriented(source.tensor(name.format(i)), path, leaf.shape[1:])
-    return put(leaf, stacked)
-
-  return jax.tree_util.tree_map_with_path(read, abstract)
+  _check_tensors(source, abstract)
+  leaves = dict(names.leaves(abstract))
+  total = sum(leaf.size for leaf in leaves.values())
+  out = []
+  with tqdm(total=total, desc="loading", unit=" parameters", unit_scale=True, leave=False,
+            disable=None if jax.process_index() == 0 else True) as bar:  # fmt: skip
+    for path, leaf in leaves.items():
+      out.append(_load_leaf(source, path, leaf, bar))
+  return jax.tree.unflatten(jax.tree.structure(abstract), out)
 
 
-def _oriented(x: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
-  """[out, in] as stored -> our [in..., out...]; embeddings and norms stay as they are."""
-  if x.size != math.prod(shape):
-    raise ValueError(f"{path}: the checkpoint has shape {x.shape}, the model {shape}")
-  if path == "embedding" or x.ndim == 1:
-    return x.reshape(shape)
-  return x.T.reshape(shape)
+def _check_tensors(source, abstract: dict) -> None:
+  expected, there = names.shapes(abstract), source.names()
+  for name, shape in expected.items():
+    if name not in there:
+      raise ValueError(f"{source.path}: no tensor {name!r}")
+    if source.shape(name) != shape:
+      raise ValueError(f"{source.path}: {name} has shape {source.shape(name)}, the model {shape}")
+  # A head beside tied embeddings is theirs, in every library. Anything else would be lost.
+  tied = () if "lm_head.weight" in expected else ("lm_head.weight",)
+  lost = sorted({n for n in there if "phase" not in n} - set(expected) - set(tied)) + source.unread
+  if lost:
+    raise ValueError(
+      f"{source.path}: {len(lost)} tensors that this model has no place for, e.g. {lost[0]!r}"
+    )
+
+
+def _load_leaf(source, path: str, leaf, bar) -> jax.Array:
+  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  parts = sharding.addressable_devices_indices_map(leaf.shape).values()
+  local = tuple(  # the part of this process: a box around those of its devices
+    slice(min(p.indices(n)[0] for p in axis), max(p.indices(n)[1] for p in axis))
+    for n, axis in zip(leaf.shape, zip(*parts))
+  )
+  buffer = np.empty([s.stop - s.start for s in local], leaf.dtype)
+  if names.is_stacked(path):
+    for layer in range(local[0].start, local[0].stop):
+      part = _read(source, names.name(path, layer), path, local[1:], leaf.shape[1:])
+      buffer[layer - local[0].start] = part
+      bar.update(leaf.size // leaf.shape[0])
+  else:
+    buffer[...] = _read(source, names.name(path), path, local, leaf.shape)
+    bar.update(leaf.size)
+
+  def shard(index):
+    return buffer[tuple(
+      slice(p.indices(n)[0] - s.start, p.indices(n)[1] - s.start)
+      for p, n, s in zip(index, leaf.shape, local)
+    )]  # fmt: skip
+
+  # Waited for, so that the buffer is gone before the next one is there.
+  return jax.make_array_from_callback(leaf.shape, sharding, shard).block_until_ready()
+
+
+def _read(source, name: str, path: str, part: tuple[slice, ...], shape: tuple[int, ...]):
+  """A part of a leaf (of one layer) in our layout."""
+  box = names.box(path, part, shape)
+  if box is None:
+    return names.from_hf(path, source.read(name), shape)[part]
+  return names.from_hf(path, source.read(name, box), tuple(s.stop - s.start for s in part))
