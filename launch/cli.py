@@ -14,21 +14,31 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with ':a
 def run(main) -> None:
   """Parses the flags and calls main(config, name of the config); bad input exits with 2."""
   flags.mark_flag_as_required("config")
-  logging.set_verbosity(logging.ERROR)  # libraries' chatter; our own output is printed
 
-  def start(argv):
+  def call(argv):
     if len(argv) > 1:
       raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     file, arguments = _config_argument()
     name = os.path.splitext(os.path.basename(file))[0]
     main(_CONFIG.value, "-".join(filter(None, [name, arguments.replace(os.sep, "_")])))
 
+  start(call)
+
+
+def given_config():
+  """The config of --config, or None."""
+  return _CONFIG.value
+
+
+def start(main) -> None:
+  """Calls main(arguments), where --config may be left out; bad input exits with 2."""
+  logging.set_verbosity(logging.ERROR)  # libraries' chatter; our own output is printed
   try:
-    app.run(start, flags_parser=parse)
+    app.run(main, flags_parser=parse)
   except FloatingPointError as error:
     fail(error)
   except ValueError as error:
-    if "config." not in str(error):
+    if not re.search(r"config\.|--\w+=", str(error)):
       raise  # not of the user's making: a bug, with its traceback
     fail(error)
   except BrokenPipeError:  # e.g. piped into head

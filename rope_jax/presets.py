@@ -4,9 +4,53 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from rope_jax import config
+from rope_jax.weights.source import open_source
+
+
+def pretrained(path: str, *, extend: bool = False) -> ConfigDict:
+  """A config with the architecture and the rope of any checkpoint that we read.
+
+  Args:
+    path: as config.init_from.
+    extend: a rope of the checkpoint's own comes first (config.rope.base='checkpoint'), for another
+      method after it; if False, the config says what the checkpoint is, and no more.
+
+  Raises:
+    ValueError: if it cannot be read.
+  """
+  source = open_source(path)
+  own, c = source.rope, config.base()
+  c.init_from = path
+  c.model.update(source.hyperparameters)
+  c.rope.theta = own.theta
+  c.rope.partial_rotary_factor = own.rotary_dim / own.head_dim
+  c.rope.context = own.context
+  if extend and own.history:
+    c.rope.base = "checkpoint"
+    c.rope.original_context = own.context
+    return c
+  c.rope.original_context = own.original_context
+  for name, options in own.history:
+    c.rope.scaling = name
+    for key, value in options.items():
+      if key == "factor":
+        c.rope.factor = float(value)
+      elif key in c.rope.get(name, {}):
+        given = value.tolist() if isinstance(value, np.ndarray) else value
+        given = tuple(given) if isinstance(given, list) else given
+        c.rope[name][key] = str(given) if key == "attention" else given
+  if source.phase:
+    kind = source.phase["kind"]
+    c.rope.phase = kind
+    if source.phase["share_heads"]:
+      c.rope[kind].share = "heads"
+    for key in {"calibration", "bound"} & set(source.phase):
+      c.rope[kind][key] = source.phase[key]
+  return c
 
 
 def llama2_7b(c: ConfigDict) -> None:

@@ -134,13 +134,14 @@ def from_hf(config: dict, seq_len: int | None = None, layer_type: str | None = N
   return dataclasses.replace(out, context=context)
 
 
-def to_hf(rope: Rope, *, freeze: bool = False) -> dict:
+def to_hf(rope: Rope, *, freeze: bool = False, only: tuple[str, ...] | None = None) -> dict:
   """The entries of a Hugging Face config that give this rope.
 
   Args:
     rope: on the host.
     freeze: export a rope that depends on the length of the sequence as it is at its present
       length, for all lengths.
+    only: types that the architecture has (Phi-3: 'default' and 'longrope'); all of them if None.
 
   Returns:
     {'head_dim', 'max_position_embeddings', 'rope_parameters': {...}}, to update a config with.
@@ -160,6 +161,8 @@ def to_hf(rope: Rope, *, freeze: bool = False) -> dict:
     if unfit:
       raise ValueError(f"to_hf: Hugging Face has no rope that {what}")
   parameters = _native(rope)
+  if parameters and only and parameters["rope_type"] not in only:
+    parameters = None
   maximum = rope.context
   if parameters is None:
     dependent = [name for name, options in rope.history if "seq_len" in options]

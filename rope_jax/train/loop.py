@@ -230,6 +230,27 @@ def generate(c, workdir: str, prompts: list[str], max_new_tokens: int, **options
 @contextlib.contextmanager
 def _opened(c, workdir: str, rows: int, lengths: Sequence[int] = ()):
   """The subject of a workdir's newest checkpoint or else of config.init_from, under its mesh."""
+  with opened(c, workdir, rows, lengths) as (variables, text, mesh):
+    yield subject_lib.make(c, mesh, Llama(from_config(c)), text)(variables)
+
+
+@contextlib.contextmanager
+def opened(c, workdir: str, rows: int, lengths: Sequence[int] = (), step: int | None = None):
+  """A run's variables at its newest checkpoint, or else those of config.init_from, under a mesh.
+
+  Args:
+    c: a validated config.
+    workdir: of a run, or where there is none.
+    rows: sequences of a batch.
+    lengths: of the sequences, tokens.
+    step: of the checkpoint, instead of the newest.
+
+  Returns:
+    A context manager of (variables by collection, tokenizer, mesh).
+
+  Raises:
+    ValueError: if the workdir holds another run, or what divides what does not.
+  """
   has_run = c.train.steps and config_lib.holds_run(workdir)
   config_lib.check_workdir(
     c, workdir, free=("rope.context", "rope.factor"), factors=resolve.fingerprint(c)
@@ -239,13 +260,15 @@ def _opened(c, workdir: str, rows: int, lengths: Sequence[int] = ()):
   with jax.set_mesh(mesh):
     text = load_tokenizer(c, workdir)
     if has_run:
-      variables, what = state.run_variables(workdir, mesh), f"newest checkpoint of {workdir}"
+      variables = state.run_variables(workdir, mesh, step)
+      which = "newest checkpoint" if step is None else f"checkpoint after step {step}"
+      what = f"{which} of {workdir}"
     else:
       variables = state.initial_variables(c, mesh, workdir)
       what = f"{c.init_from or 'a randomly initialised model'}, without training"
     if multihost.is_main():
       print(f"{report.rope_line(c)}\nmodel: {what}", flush=True)
-    yield subject_lib.make(c, mesh, Llama(from_config(c)), text)(variables)
+    yield variables, text, mesh
 
 
 def training_documents(c, text) -> tuple:

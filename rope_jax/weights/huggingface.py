@@ -185,3 +185,11 @@ def _json(path: str) -> dict:
   if not isinstance(value, dict):
     raise ValueError(f"{path}: expected an object")
   return value
+
+
+def phase(r) -> dict:
+  """What config.json of an export says of the learned phase of `config.rope`."""
+  out = dict(kind=r.phase, share_heads=r[r.phase].share in ("heads", "all"))
+  if r.phase == "psc":
+    return out | dict(calibration=r.psc.calibration)
+  return out | dict(bound=float(r.psc_rotation.bound))

@@ -45,6 +45,12 @@ def name(path: str, layer: int | None = None) -> str:
   return _NAMES[path].format(layer)
 
 
+def phase_name(path: str, layer: int) -> str:
+  """The name in our own exports of a leaf of the collection 'phase': psc_q/up, psc_k/down, ..."""
+  which, part = path.split("/")[-2:]
+  return f"model.layers.{layer}.self_attn.{which.replace('psc', 'phase')}.{part}"
+
+
 def shapes(params: dict) -> dict[str, tuple[int, ...]]:
   """{name: shape} there of a whole tree of parameters, or of their shapes."""
   out = {}

@@ -1,0 +1,125 @@
+"""Checkpoints in and out: what one holds, and runs as directories that others load.
+
+  python launch/convert.py show CHECKPOINT
+  python launch/convert.py export --workdir=DIR --out=OUT [--format=peft] [--dtype=bfloat16]
+  python launch/convert.py export --config=configs/smollm2_16k.py --out=OUT
+  python launch/convert.py import CHECKPOINT --out=OUT
+
+CHECKPOINT is a Hugging Face directory, a .gguf file or a packaged checkpoint (smollm2-135m). `show`
+prints its architecture, its own rope, and the lines of a config that extends it.
+
+`export` writes the newest checkpoint of a run (of one run of a comparison: --workdir=DIR/NAME), or,
+with --config and no run, the model of config.init_from with the rope of the config. 'hf', the
+default, is a whole model for transformers, LoRA merged; PSC comes with its modelling file. 'peft' is
+LoRA alone. The directory has a model card, and rope_jax.json with the resolved rope, the config and
+the results. It appears when all of it is written.
+
+`import` writes a checkpoint as it is, dequantised, as a Hugging Face directory. To train from a
+checkpoint it need not be imported: config.init_from reads all of these.
+"""
+
+import json
+
+import cli
+from absl import app, flags
+
+WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run to export.")
+OUT = flags.DEFINE_string("out", "", "Directory to make.")
+FORMAT = flags.DEFINE_enum("format", "hf", ["hf", "peft"], "A whole model, or LoRA alone.")
+DTYPE = flags.DEFINE_enum(
+  "dtype", "", ["", "float32", "bfloat16"], "Of the weights; as in the run if not given."
+)
+STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
+FREEZE = flags.DEFINE_bool(
+  "freeze", False, "Write a rope that depends on the length as it is at rope.context."
+)
+BASE_MODEL = flags.DEFINE_string(
+  "base_model", "", "What to call the base model, e.g. org/name on a hub; config.init_from."
+)
+SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest file of weights, 10^9 bytes.", 1e-6)
+JSON = flags.DEFINE_bool("json", False, "With show: print one JSON object and nothing else.")
+
+
+def main(argv):
+  command, *rest = argv[1:] or [""]
+  if command not in COMMANDS:
+    cli.fail(f"{command or 'nothing'!s}: expected one of {', '.join(COMMANDS)}; see --help")
+  COMMANDS[command](rest)
+
+
+def show(arguments):
+  from rope_jax.weights import summary
+
+  described = _of_checkpoint(summary.describe, _one(arguments, "show"))
+  print(json.dumps(described, indent=1) if JSON.value else summary.text(described))
+
+
+def export(arguments):
+  if arguments:
+    cli.fail(f"export: unexpected arguments {arguments}; it takes --workdir or --config")
+  from rope_jax import config
+
+  if cli.given_config() is not None:
+    runs = cli.runs_of(cli.given_config())
+    if list(runs) != [""]:
+      cli.fail(f"--config: a comparison of {', '.join(runs)}; export one, by --workdir=DIR/NAME")
+    runs = cli.searched(runs, WORKDIR.value) if WORKDIR.value else runs
+    c = runs[""]
+  elif WORKDIR.value:
+    try:
+      c = config.read(WORKDIR.value)
+    except ValueError as error:
+      cli.fail(f"--workdir={WORKDIR.value}: {error}")
+  else:
+    cli.fail("export: give --workdir of a run, or --config")
+  _write(c, WORKDIR.value)
+
+
+def import_(arguments):
+  from rope_jax import presets
+
+  _write(_of_checkpoint(presets.pretrained, _one(arguments, "import")), "")
+
+
+def _one(arguments, command) -> str:
+  if len(arguments) != 1:
+    cli.fail(f"{command}: name one checkpoint")
+  return arguments[0]
+
+
+def _of_checkpoint(function, path: str):
+  try:
+    return function(path)
+  except ValueError as error:
+    cli.fail(f"{path}: {error}".replace(f"{path}: {path}: ", f"{path}: "))
+
+
+def _write(c, workdir: str):
+  if not OUT.value:
+    cli.fail("--out: name the directory to make")
+  from rope_jax import export as export_lib
+  from rope_jax import validate
+  from rope_jax.train import multihost
+
+  multihost.initialize()
+  validate.validate(c, inputs=False)  # the text that it was trained on need not be here
+  made = export_lib.export(
+    c,
+    workdir,
+    OUT.value,
+    format=FORMAT.value,
+    dtype=DTYPE.value,
+    step=STEP.value,
+    freeze=FREEZE.value,
+    base_model=BASE_MODEL.value,
+    shard_bytes=int(SHARD_GB.value * 10**9),
+  )
+  if cli.is_main():
+    print(f"{made['bytes']:,} bytes of weights, {made['facts']['dtype']}, in {made['out']}:")
+    print("  " + "  ".join(sorted(made["files"])))
+
+
+COMMANDS = {"show": show, "export": export, "import": import_}
+
+if __name__ == "__main__":
+  cli.start(main)

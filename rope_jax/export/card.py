@@ -1,0 +1,100 @@
+"""The model card: what a model is, how it was made, and how good it is, from facts alone."""
+
+from __future__ import annotations
+
+import json
+
+from rope_jax import report
+
+
+def card(facts: dict, *, name: str, load: str, notes: list[str]) -> str:
+  """README.md of an export, Markdown with the metadata that model hubs read.
+
+  Args:
+    facts: what rope_jax.json holds.
+    name: of the model.
+    load: Python that loads it.
+    notes: what its user must know, a sentence or two each.
+  """
+  c, rope, base = facts["config"], facts["rope"], facts["base"]
+  sections = [
+    _metadata(base, facts["format"]),
+    f"# {name}",
+    f"{base or 'A model trained from scratch'}, made ready for {rope['context']:,} tokens "
+    f"by rope_jax {facts['rope_jax']}. The licence of the base model holds for it.",
+    f"## Use\n\n```python\n{load}\n```",
+    *(["\n".join(f"- {note}" for note in notes)] if notes else []),
+    "## Position encoding\n\n" + _table(_rope_rows(rope)),
+    "## Training\n\n" + _training(c, facts),
+    "## Evaluation\n\n" + _evaluation(facts.get("results") or {}),
+    "## Provenance\n\n`rope_jax.json` holds the resolved rope, the whole config of the run and "
+    "these results.",
+  ]
+  return "\n\n".join(sections) + "\n"
+
+
+def _metadata(base: str, format: str) -> str:
+  lines = [f"library_name: {'peft' if format == 'peft' else 'transformers'}"]
+  lines += ["pipeline_tag: text-generation"]
+  lines += [f"base_model: {json.dumps(base)}"] if base else []
+  lines += ["tags:", "- rope_jax", "- long-context"]
+  return "\n".join(["---", *lines, "---"])
+
+
+def _rope_rows(rope: dict) -> dict:
+  waves = [w for w in _flat(rope["wavelengths"]) if w is not None]
+  scale = _flat(rope["attention_scale"])
+  method = "as the base model has it" if rope["scaling"] == "none" else rope["scaling"]
+  return {
+    "method": method + " over the rope of the base" * (rope["base"] == "checkpoint"),
+    "factor": f"{rope['factor']:g}",
+    "resonance (whole wavelengths)": "yes" if rope["resonance"] else "no",
+    "learned phase": rope["phase"],
+    "theta": f"{rope['theta']:,.10g}",
+    "original context": f"{rope['original_context']:,} tokens",
+    "context": f"{rope['context']:,} tokens",
+    "attention scale (of cos and sin)": f"{scale[0]:.9g}",
+    "wavelengths": f"{min(waves):,.4f} to {max(waves):,.1f} tokens" if waves else "none",
+  }
+
+
+def _training(c: dict, facts: dict) -> str:
+  t, lora = c["train"], c["lora"]
+  if not facts["step"]:
+    return "None: the weights are those of the base model."
+  length = c["data"]["length"] or c["rope"]["context"]
+  what = {"all": "all parameters", "adapters": "adapters; the base model is frozen"}
+  rows = {
+    "steps": f"{facts['step']:,}" + f" of {t['steps']:,}" * (facts["step"] != t["steps"]),
+    "seed": c["seed"],
+    "data": c["data"]["source"] + f" (text {facts['text']})" * bool(facts.get("text")),
+    "batch": f"{t['batch_size']} x {length:,} tokens",
+    "positions": c["data"]["positions"],
+    "trained": what[t["trainable"]],
+    "trained parameters": f"{facts['trained_parameters']:,}"
+    if facts.get("trained_parameters")
+    else "",
+    "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['targets'])}"
+    if lora["rank"]
+    else "none",
+    "learning rate": f"{t['learning_rate']:g}, {t['schedule']}, {t['warmup_steps']} warm-up steps",
+  }
+  return _table({k: v for k, v in rows.items() if v != ""})
+
+
+def _evaluation(results: dict) -> str:
+  parts = []
+  for name, columns in results.items():
+    if columns:
+      rows = {f"{int(k):,} tokens" if k.isdigit() else k: report.cell(r)
+              for k, r in columns.items()}  # fmt: skip
+      parts.append(f"**{name}** ({report.metric(columns)})\n\n{_table(rows)}")
+  return "\n\n".join(parts) or "None recorded."
+
+
+def _table(rows: dict) -> str:
+  return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+
+def _flat(value) -> list:
+  return [x for part in value for x in _flat(part)] if isinstance(value, list) else [value]
