@@ -10,9 +10,9 @@ prints its architecture, its own rope, and the lines of a config that extends it
 
 `export` writes the newest checkpoint of a run (of one run of a comparison: --workdir=DIR/NAME), or,
 with --config and no run, the model of config.init_from with the rope of the config. 'hf', the
-default, is a whole model for transformers, LoRA merged; PSC comes with its modelling file. 'peft' is
-LoRA alone. The directory has a model card, and rope_jax.json with the resolved rope, the config and
-the results. It appears when all of it is written.
+default, is a whole model for transformers, LoRA merged; PSC comes with its modelling file. 'peft'
+is LoRA alone. The directory has a model card, and rope_jax.json with the resolved rope, the config
+and the results. It appears when all of it is written.
 
 `import` writes a checkpoint as it is, dequantised, as a Hugging Face directory. To train from a
 checkpoint it need not be imported: config.init_from reads all of these.
@@ -21,7 +21,7 @@ checkpoint it need not be imported: config.init_from reads all of these.
 import json
 
 import cli
-from absl import app, flags
+from absl import flags
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run to export.")
 OUT = flags.DEFINE_string("out", "", "Directory to make.")
@@ -37,6 +37,7 @@ BASE_MODEL = flags.DEFINE_string(
   "base_model", "", "What to call the base model, e.g. org/name on a hub; config.init_from."
 )
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest file of weights, 10^9 bytes.", 1e-6)
+TOKENIZER = flags.DEFINE_bool("tokenizer", True, "Export the tokenizer, too.")
 JSON = flags.DEFINE_bool("json", False, "With show: print one JSON object and nothing else.")
 
 
@@ -112,6 +113,7 @@ def _write(c, workdir: str):
     step=STEP.value,
     freeze=FREEZE.value,
     base_model=BASE_MODEL.value,
+    with_tokenizer=TOKENIZER.value,
     shard_bytes=int(SHARD_GB.value * 10**9),
   )
   if cli.is_main():

@@ -36,6 +36,7 @@ def export(
   step: int | None = None,
   freeze: bool = False,
   base_model: str = "",
+  with_tokenizer: bool = True,
   shard_bytes: int = SHARD_BYTES,
 ) -> dict:
   """Writes a model for others to load; all processes of a run take part.
@@ -53,6 +54,7 @@ def export(
     step: of the checkpoint to export; None is the newest.
     freeze: write a rope that depends on the length of the sequence as it is at rope.context.
     base_model: what the card and PEFT call the base model; '' is config.init_from.
+    with_tokenizer: False leaves it out, where there is none or it cannot be read.
     shard_bytes: of a file of weights.
 
   Returns:
@@ -68,7 +70,8 @@ def export(
   facts = _facts(c, workdir, rope, format, step, base_model)
   if format == "peft":
     peft.check(c, base_type(c, workdir))
-  with loop.opened(c, workdir, 1, step=step) as (variables, text, _):
+  text = loop.load_tokenizer(c, workdir) if with_tokenizer and format == "hf" else None
+  with loop.opened(c, workdir, 1, step=step) as (variables, _):
     dtype = dtype or ("float32" if format == "peft" else c.model.param_dtype)
     facts["dtype"] = dtype
     with files.new_directory(out, writes=multihost.is_main()) as directory:
@@ -120,6 +123,10 @@ def _config(c, rope, format: str, freeze: bool) -> dict:
     out |= rope_lib.to_hf(rope, freeze=freeze, only=only)
   except ValueError as error:
     raise ValueError(f"config.rope: {error}" if "config." not in str(error) else error) from None
+  # The same under the keys of earlier readers, which would else run a plain rope without a word.
+  parameters = out["rope_parameters"]
+  out["rope_theta"] = parameters["rope_theta"]
+  out["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
   if out["model_type"] == "phi3":
     out["original_max_position_embeddings"] = rope.original_context
   if c.rope.phase != "none" and format == "hf":
@@ -165,9 +172,11 @@ def _write_rest(directory: str, c, workdir: str, hf: dict, facts: dict, text) ->
     written += ["adapter_config.json", peft.ROPE]
     load, name = peft.load_snippet(facts["base"]), f"{facts['base'] or 'model'}-lora"
   else:
-    found, ids = tokenizer.write(
-      directory, c.tokenizer, state.init_path(c, workdir), facts["rope"]["context"]
-    )
+    found, ids = [], {}
+    if text is not None:
+      found, ids = tokenizer.write(
+        directory, c.tokenizer, state.init_path(c, workdir), facts["rope"]["context"]
+      )
     if "phase" in hf:
       modelling = resources.files("rope_jax.export") / MODELLING
       with resources.as_file(modelling) as path:
@@ -191,7 +200,12 @@ def _special(c, workdir: str, text, ids: dict) -> dict:
   out = {k: own[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in own}
   if out:
     return out
-  return dict(bos_token_id=text.bos_id, eos_token_id=text.eos_id, pad_token_id=None) | ids
+  out = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+  return (
+    out | dict(bos_token_id=text.bos_id, eos_token_id=text.eos_id) | ids
+    if text is not None
+    else out
+  )
 
 
 def _generation(c, workdir: str, hf: dict) -> dict:

@@ -230,7 +230,8 @@ def generate(c, workdir: str, prompts: list[str], max_new_tokens: int, **options
 @contextlib.contextmanager
 def _opened(c, workdir: str, rows: int, lengths: Sequence[int] = ()):
   """The subject of a workdir's newest checkpoint or else of config.init_from, under its mesh."""
-  with opened(c, workdir, rows, lengths) as (variables, text, mesh):
+  with opened(c, workdir, rows, lengths) as (variables, mesh):
+    text = load_tokenizer(c, workdir)
     yield subject_lib.make(c, mesh, Llama(from_config(c)), text)(variables)
 
 
@@ -246,7 +247,7 @@ def opened(c, workdir: str, rows: int, lengths: Sequence[int] = (), step: int | 
     step: of the checkpoint, instead of the newest.
 
   Returns:
-    A context manager of (variables by collection, tokenizer, mesh).
+    A context manager of (variables by collection, mesh).
 
   Raises:
     ValueError: if the workdir holds another run, or what divides what does not.
@@ -258,7 +259,6 @@ def opened(c, workdir: str, rows: int, lengths: Sequence[int] = (), step: int | 
   mesh = sharding.make_mesh(c.mesh, rows, must_divide=False)
   sharding.check(c, mesh, lengths)
   with jax.set_mesh(mesh):
-    text = load_tokenizer(c, workdir)
     if has_run:
       variables = state.run_variables(workdir, mesh, step)
       which = "newest checkpoint" if step is None else f"checkpoint after step {step}"
@@ -268,7 +268,7 @@ def opened(c, workdir: str, rows: int, lengths: Sequence[int] = (), step: int | 
       what = f"{c.init_from or 'a randomly initialised model'}, without training"
     if multihost.is_main():
       print(f"{report.rope_line(c)}\nmodel: {what}", flush=True)
-    yield variables, text, mesh
+    yield variables, mesh
 
 
 def training_documents(c, text) -> tuple:
