@@ -37,7 +37,7 @@ MODELS = dict(
 )
 
 
-def hf_model(name):
+def hf_model(name, **changes):
   import torch
   import transformers
 
@@ -47,7 +47,7 @@ def hf_model(name):
                num_key_value_heads=2, intermediate_size=48, rms_norm_eps=1e-5, pad_token_id=None,
                initializer_range=0.3, max_position_embeddings=64,
                rope_parameters=PLAIN)  # fmt: skip
-  options = dict(sizes) | options
+  options = sizes | options | changes
   if kind == "Phi3":
     options |= dict(original_max_position_embeddings=16, eos_token_id=2)
   hf = getattr(transformers, f"{kind}Config")(**options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from importlib import resources
 
 import jax
@@ -63,37 +64,80 @@ def export(
   Raises:
     ValueError: before anything is written, if nothing of this format is the same model.
   """
-  if os.path.lexists(out):
-    raise ValueError(f"--out={out} exists already; choose another, or move it away")
-  rope = resolve.rope(c)
-  hf = _config(c, rope, format, freeze)  # refuses what has no form there
-  facts = _facts(c, workdir, rope, format, step, base_model)
-  if format == "peft":
-    peft.check(c, base_type(c, workdir))
+  check(c, out, format, freeze=freeze, base_type=base_type(c, workdir))
+  facts = _facts(c, workdir, step, base_model)
   text = loop.load_tokenizer(c, workdir) if with_tokenizer and format == "hf" else None
   with loop.opened(c, workdir, 1, step=step) as (variables, _):
-    dtype = dtype or ("float32" if format == "peft" else c.model.param_dtype)
-    facts["dtype"] = dtype
-    with files.new_directory(out, writes=multihost.is_main()) as directory:
-      if format == "peft":
-        parts = {peft.WEIGHTS: tensors.adapters(variables["lora"], dtype)}
-        total = sum(t.nbytes for t in parts[peft.WEIGHTS])
-        with _bar(total) as bar:
-          path = os.path.join(directory, peft.WEIGHTS) if directory else ""
-          files.write(path, parts[peft.WEIGHTS], bar.update)
-        written = [peft.WEIGHTS]
-      else:
-        scale = c.lora.alpha / max(c.lora.rank, 1)
-        base = tensors.merged(variables, scale, dtype, fused=hf_type(hf) == "phi3")
-        extra = {}
-        if c.rope.phase != "none":
-          extra["psc.safetensors"] = tensors.phase(variables["phase"], c.model.num_layers)
-        total = sum(t.nbytes for t in [*base, *(t for part in extra.values() for t in part)])
-        with _bar(total) as bar:
-          written = files.write_shards(directory, base, shard_bytes, extra, bar.update)
-      if directory:
-        written += _write_rest(directory, c, workdir, hf, facts, text)
-    multihost.wait("exported")
+    return write(
+      c,
+      variables,
+      out,
+      text=text,
+      init_path=state.init_path(c, workdir),
+      facts=facts,
+      format=format,
+      dtype=dtype,
+      freeze=freeze,
+      shard_bytes=shard_bytes,
+    )
+
+
+def check(c, out: str, format: str = "hf", *, freeze: bool = False, base_type: str = "") -> dict:
+  """Refuses what cannot be exported, before any weight is read; config.json without ids of tokens.
+
+  Raises:
+    ValueError: naming the key or the flag.
+  """
+  if format not in FORMATS:
+    raise ValueError(f"--format={format}: expected one of {FORMATS}")
+  if os.path.lexists(out):
+    raise ValueError(f"--out={out} exists already; choose another, or move it away")
+  if format == "peft":
+    peft.check(c, base_type)
+  return _config(c, format, freeze)
+
+
+def write(
+  c,
+  variables: dict,
+  out: str,
+  *,
+  text=None,
+  init_path: str = "",
+  facts: dict | None = None,
+  format: str = "hf",
+  dtype: str = "",
+  freeze: bool = False,
+  shard_bytes: int = SHARD_BYTES,
+) -> dict:
+  """Writes variables that are at hand; as `export` otherwise.
+
+  Args:
+    c: the config that they go with.
+    variables: by collection, on one device or over the mesh that is set.
+    out, format, dtype, freeze, shard_bytes: as for `export`.
+    text: the tokenizer of the config, `loop.load_tokenizer`; None writes none.
+    init_path: where the base model came from, for its tokenizer and special tokens.
+    facts: of the run, for the card.
+  """
+  hf = check(c, out, format, freeze=freeze)
+  dtype = dtype or ("float32" if format == "peft" else c.model.param_dtype)
+  facts = _facts(c, "", None, "") if facts is None else facts
+  facts = facts | dict(format=format, dtype=dtype)
+  if format == "peft":
+    weights = {peft.NAME: tensors.adapters(variables["lora"], dtype)}
+    shard_bytes = sys.maxsize  # PEFT reads one file
+  else:
+    scale, fused = c.lora.alpha / max(c.lora.rank, 1), hf_type(hf) == "phi3"
+    weights = dict(model=tensors.merged(variables, scale, dtype, fused=fused))
+    if c.rope.phase != "none":
+      weights["psc"] = tensors.phase(variables["phase"], c.model.num_layers)
+  total = sum(t.nbytes for part in weights.values() for t in part)
+  with files.new_directory(out, writes=multihost.is_main()) as directory, _bar(total) as bar:
+    written = files.write_shards(directory, weights, shard_bytes, bar.update)
+    if directory:
+      written += _write_rest(directory, c, init_path, hf, facts, text)
+  multihost.wait("exported")
   return dict(out=out, files=written, bytes=total, facts=facts)
 
 
@@ -111,10 +155,8 @@ def base_type(c, workdir: str) -> str:
     return json.load(f).get("model_type", "")
 
 
-def _config(c, rope, format: str, freeze: bool) -> dict:
-  """config.json without what the tokenizer says."""
-  if format not in FORMATS:
-    raise ValueError(f"--format={format}: expected one of {FORMATS}")
+def _config(c, format: str, freeze: bool) -> dict:
+  rope = resolve.rope(c)
   if c.rope.scaling == "clex" or (format == "hf" and c.rope.phase not in resolve.PHASES):
     raise ValueError(f"config.rope.scaling={c.rope.scaling!r}: no library has what it learned")
   try:
@@ -140,7 +182,7 @@ def _config(c, rope, format: str, freeze: bool) -> dict:
   return out
 
 
-def _facts(c, workdir: str, rope, format: str, step: int | None, base_model: str) -> dict:
+def _facts(c, workdir: str, step: int | None, base_model: str) -> dict:
   """What is known of how the model came to be."""
   run = results_lib.facts(workdir) if config_lib.holds_run(workdir) else {}
   known = {k: v for k, v in run.get("run", {}).items() if k not in ("config", "rope_jax")}
@@ -152,17 +194,16 @@ def _facts(c, workdir: str, rope, format: str, step: int | None, base_model: str
       results = json.load(f)
   return dict(
     rope_jax=rope_jax.__version__,
-    format=format,
     base=base_model or os.path.basename(os.path.normpath(c.init_from)) if c.init_from else "",
     step=(newest if step is None else step) if trained else 0,
-    rope=resolve.describe(c, r=None),
+    rope=resolve.describe(c),
     config=c.to_dict(),
     **known,
     results=results,
   )
 
 
-def _write_rest(directory: str, c, workdir: str, hf: dict, facts: dict, text) -> list[str]:
+def _write_rest(directory: str, c, init_path: str, hf: dict, facts: dict, text) -> list[str]:
   written = [PROVENANCE, "README.md"]
   facts = json.loads(json.dumps(facts))  # tuples as JSON has them
   if facts["format"] == "peft":
@@ -174,17 +215,17 @@ def _write_rest(directory: str, c, workdir: str, hf: dict, facts: dict, text) ->
   else:
     found, ids = [], {}
     if text is not None:
-      found, ids = tokenizer.write(
-        directory, c.tokenizer, state.init_path(c, workdir), facts["rope"]["context"]
-      )
+      found, ids = tokenizer.write(directory, c.tokenizer, init_path, facts["rope"]["context"])
     if "phase" in hf:
       modelling = resources.files("rope_jax.export") / MODELLING
       with resources.as_file(modelling) as path:
         shutil.copyfile(path, os.path.join(directory, MODELLING))
       written.append(MODELLING)
-    hf = hf | _special(c, workdir, text, ids) | dict(dtype=facts["dtype"])
+    hf = hf | _special(init_path, text, ids) | dict(dtype=facts["dtype"])
     files.write_json(os.path.join(directory, "config.json"), hf)
-    files.write_json(os.path.join(directory, "generation_config.json"), _generation(c, workdir, hf))
+    files.write_json(
+      os.path.join(directory, "generation_config.json"), _generation(c, init_path, hf)
+    )
     written += [*found, "config.json", "generation_config.json"]
     load, name = _load_snippet("phase" in hf, bool(found)), facts["base"] or "model"
     name += f" at {facts['rope']['context']:,} tokens"
@@ -194,9 +235,9 @@ def _write_rest(directory: str, c, workdir: str, hf: dict, facts: dict, text) ->
   return written
 
 
-def _special(c, workdir: str, text, ids: dict) -> dict:
+def _special(init_path: str, text, ids: dict) -> dict:
   """Ids of special tokens: the base model's own, which may be several, or the tokenizer's."""
-  own = _base_json(c, workdir, "config.json")
+  own = _base_json(init_path, "config.json")
   out = {k: own[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in own}
   if out:
     return out
@@ -208,17 +249,17 @@ def _special(c, workdir: str, text, ids: dict) -> dict:
   )
 
 
-def _generation(c, workdir: str, hf: dict) -> dict:
-  own = _base_json(c, workdir, "generation_config.json")
+def _generation(c, init_path: str, hf: dict) -> dict:
+  own = _base_json(init_path, "generation_config.json")
   if "max_length" in own:  # of the base model's window
     own["max_length"] = max(own["max_length"], c.rope.context)
   special = {k: hf[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in hf}
   return own or {"_from_model_config": True, **special}
 
 
-def _base_json(c, workdir: str, file: str) -> dict:
-  """A JSON object of config.init_from, where that is a Hugging Face directory that has it."""
-  kind, path = locate(state.init_path(c, workdir)) if c.init_from else ("", "")
+def _base_json(init_path: str, file: str) -> dict:
+  """A JSON object of the base model, where that is a Hugging Face directory that has it."""
+  kind, path = locate(init_path) if init_path else ("", "")
   path = os.path.join(path, file)
   if kind != "hf" or not os.path.isfile(path):
     return {}

@@ -73,20 +73,41 @@ def new_directory(path: str, writes: bool = True) -> Iterator[str]:
 
 
 def write_shards(
-  directory: str, tensors: list[Tensor], limit: int, extra: dict[str, list[Tensor]], progress
+  directory: str, weights: dict[str, list[Tensor]], limit: int, progress
 ) -> list[str]:
-  """Writes tensors as model.safetensors, or as shards with an index where they are larger.
+  """Writes tensors as NAME.safetensors, or as several files with an index.
 
   Args:
     directory: an existing one; '' makes the tensors, which may take all processes, and writes none.
-    tensors: in order.
+    weights: tensors by the name of their file. Where there are several names, or more bytes than
+      the limit, files are numbered: a reader that finds model.safetensors looks for no other.
     limit: bytes of a file; a larger tensor has one of its own.
-    extra: more files by name, with their tensors.
     progress: called with the bytes of each tensor.
 
   Returns:
     The names of the files.
   """
+  files = {}
+  for name, tensors in weights.items():
+    shards = _split(tensors, limit)
+    if len(weights) == len(shards) == 1:
+      files[f"{name}.safetensors"] = tensors
+      continue
+    for i, part in enumerate(shards, 1):
+      files[f"{name}-{i:05}-of-{len(shards):05}.safetensors"] = part
+  for file, part in files.items():
+    write(os.path.join(directory, file) if directory else "", part, progress)
+  if len(files) == 1:
+    return list(files)
+  if directory:
+    total = sum(t.nbytes for part in files.values() for t in part)
+    where = {t.name: file for file, part in files.items() for t in part}
+    index = dict(metadata=dict(total_size=total), weight_map=where)
+    write_json(os.path.join(directory, INDEX), index)
+  return [*files, INDEX]
+
+
+def _split(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
   shards, size = [[]], 0
   for t in tensors:
     if shards[-1] and size + t.nbytes > limit:
@@ -94,19 +115,7 @@ def write_shards(
       size = 0
     shards[-1].append(t)
     size += t.nbytes
-  one = "model.safetensors"
-  many = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-  files = dict(zip([one] if len(shards) == 1 else many, shards)) | extra
-  for name, part in files.items():
-    write(os.path.join(directory, name) if directory else "", part, progress)
-  if directory and len(files) > 1:
-    total = sum(t.nbytes for part in files.values() for t in part)
-    where = {t.name: name for name, part in files.items() for t in part}
-    write_json(
-      os.path.join(directory, INDEX), dict(metadata=dict(total_size=total), weight_map=where)
-    )
-    return [*files, INDEX]
-  return list(files)
+  return shards
 
 
 def write(path: str, tensors: Iterable[Tensor], progress=lambda size: None) -> None:

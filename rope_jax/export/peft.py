@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-WEIGHTS = "adapter_model.safetensors"
+NAME = "adapter_model"  # of the file of weights
 ROPE = "rope.json"  # what the base model must be loaded with
 
 

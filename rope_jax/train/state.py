@@ -33,6 +33,8 @@ def initial_variables(c, mesh, workdir: str) -> dict:
       given = run_variables(path, mesh)
     else:
       given["params"] = load.load_params(path, placed["params"])
+      if "phase" in placed and (phase := load.load_phase(path, placed["phase"])):
+        given["phase"] = phase
   for name in given:
     if name not in placed:
       raise ValueError(

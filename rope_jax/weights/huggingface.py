@@ -40,9 +40,7 @@ class HuggingFaceSource:
     hf = _json(os.path.join(path, "config.json"))
     self.phase = {}
     if hf.get("model_type") == MODEL_TYPE:
-      self.phase = hf.get("phase")
-      if not isinstance(self.phase, dict):
-        raise ValueError(f"{path}: config.json has no phase, which its model_type must have")
+      self.phase = _phase(path, hf.get("phase"))
       hf = dict(hf, model_type=hf.get("base_model_type"))
     try:
       self.hyperparameters = families.read(hf)
@@ -172,6 +170,18 @@ class _Files:
       return safe_open(os.path.join(self.path, file), framework="np")
     except (OSError, SafetensorError) as error:
       raise ValueError(f"{self.path}: {file} is damaged or no safetensors file: {error}") from None
+
+
+def _phase(path: str, value) -> dict:
+  """A phase as `phase` writes it."""
+  settings = dict(psc=("calibration", ("pre", "post")), psc_rotation=("bound", None))
+  kind = value.get("kind") if isinstance(value, dict) else None
+  key, choices = settings.get(kind if isinstance(kind, str) else None, ("", None))
+  given = value.get(key) if key else None
+  good = given in choices if choices else isinstance(given, int | float) and given >= 0
+  if not key or not good or not isinstance(value.get("share_heads"), bool):
+    raise ValueError(f"{path}: config.json: phase={value!r} is none of rope_jax's")
+  return value
 
 
 def _json(path: str) -> dict:

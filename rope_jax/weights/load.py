@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rope_jax import resolve
-from rope_jax.weights import names
+from rope_jax.weights import huggingface, names
 from rope_jax.weights.source import open_source
 
 
@@ -28,6 +28,7 @@ def check(c) -> None:
       continue  # a wider window is a way to extend a model; it needs no other weights
     if not _same(c.model[key], value):
       raise ValueError(f"config.model.{key}={c.model[key]!r}: {c.init_from} has {value!r}")
+  _check_phase(c, source)
   own = source.rope
   partial = own.rotary_dim / own.head_dim
   for key, value in (("theta", own.theta), ("partial_rotary_factor", partial)):
@@ -42,6 +43,23 @@ def check(c) -> None:
       f"config.rope.original_context={c.rope.original_context}: {c.init_from} was trained on "
       f"{own.original_context} tokens"
     )
+
+
+def _check_phase(c, source) -> None:
+  """A learned phase that the checkpoint has must be that of the config."""
+  if not source.phase:
+    return
+  kind, theirs = source.phase["kind"], dict(source.phase)
+  if c.rope.phase != kind:
+    raise ValueError(
+      f"config.rope.phase={c.rope.phase!r}: {c.init_from} has the learned phase {kind!r}, which "
+      "would be lost"
+    )
+  for key, value in huggingface.phase(c.rope).items():
+    if value != theirs[key]:
+      raise ValueError(
+        f"config.rope.{kind}: {c.init_from} has {key}={theirs[key]!r}, not {value!r}"
+      )
 
 
 def _same(ours, theirs) -> bool:
@@ -99,13 +117,44 @@ def load_params(init_from: str, abstract: dict) -> dict:
   """
   source = open_source(init_from)
   _check_tensors(source, abstract)
+  return _load(source, abstract, names.name)
+
+
+def load_phase(init_from: str, abstract: dict) -> dict:
+  """Reads the collection 'phase' of an export of ours; {} from any other checkpoint.
+
+  Raises:
+    ValueError: if a tensor is missing or has another shape, or layers that share do not.
+  """
+  source = open_source(init_from)
+  if not source.phase:
+    return {}
+  for path, leaf in names.leaves(abstract):
+    layers = range(source.hyperparameters["num_layers"])
+    shape = leaf.shape[1:] if names.is_stacked(path) else leaf.shape
+    for layer in layers:
+      name = names.phase_name(path, layer)
+      if name not in source.names():
+        raise ValueError(f"{source.path}: no tensor {name!r}")
+      if source.shape(name) != shape:
+        raise ValueError(f"{source.path}: {name} has shape {source.shape(name)}, the model {shape}")
+    if not names.is_stacked(path):
+      first, *others = (source.read(names.phase_name(path, layer)) for layer in layers)
+      if any((x != first).any() for x in others):
+        raise ValueError(
+          f"{source.path}: config.rope.psc.share: its layers have phases of their own"
+        )
+  return _load(source, abstract, names.phase_name)
+
+
+def _load(source, abstract: dict, name_of) -> dict:
   leaves = dict(names.leaves(abstract))
   total = sum(leaf.size for leaf in leaves.values())
   out = []
   with tqdm(total=total, desc="loading", unit=" parameters", unit_scale=True, leave=False,
             disable=None if jax.process_index() == 0 else True) as bar:  # fmt: skip
     for path, leaf in leaves.items():
-      out.append(_load_leaf(source, path, leaf, bar))
+      out.append(_load_leaf(source, path, leaf, name_of, bar))
   return jax.tree.unflatten(jax.tree.structure(abstract), out)
 
 
@@ -118,14 +167,15 @@ def _check_tensors(source, abstract: dict) -> None:
       raise ValueError(f"{source.path}: {name} has shape {source.shape(name)}, the model {shape}")
   # A head beside tied embeddings is theirs, in every library. Anything else would be lost.
   tied = () if "lm_head.weight" in expected else ("lm_head.weight",)
-  lost = sorted({n for n in there if "phase" not in n} - set(expected) - set(tied)) + source.unread
+  phase = {n for n in there if source.phase and ".self_attn.phase_" in n}  # `load_phase`
+  lost = sorted(there - phase - set(expected) - set(tied)) + source.unread
   if lost:
     raise ValueError(
       f"{source.path}: {len(lost)} tensors that this model has no place for, e.g. {lost[0]!r}"
     )
 
 
-def _load_leaf(source, path: str, leaf, bar) -> jax.Array:
+def _load_leaf(source, path: str, leaf, name_of, bar) -> jax.Array:
   sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   parts = sharding.addressable_devices_indices_map(leaf.shape).values()
   local = tuple(  # the part of this process: a box around those of its devices
@@ -135,11 +185,11 @@ def _load_leaf(source, path: str, leaf, bar) -> jax.Array:
   buffer = np.empty([s.stop - s.start for s in local], leaf.dtype)
   if names.is_stacked(path):
     for layer in range(local[0].start, local[0].stop):
-      part = _read(source, names.name(path, layer), path, local[1:], leaf.shape[1:])
+      part = _read(source, name_of(path, layer), path, local[1:], leaf.shape[1:])
       buffer[layer - local[0].start] = part
       bar.update(leaf.size // leaf.shape[0])
   else:
-    buffer[...] = _read(source, names.name(path), path, local, leaf.shape)
+    buffer[...] = _read(source, name_of(path, 0), path, local, leaf.shape)
     bar.update(leaf.size)
 
   def shard(index):

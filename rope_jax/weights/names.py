@@ -67,7 +67,7 @@ def shape(path: str, ours: tuple[int, ...]) -> tuple[int, ...]:
   """The shape there of a leaf (of one layer of it)."""
   inputs = _inputs(path)
   if inputs is None:
-    return ours if path == "embedding" else (math.prod(ours),)
+    return ours if _is_unchanged(path) else (math.prod(ours),)
   return math.prod(ours[inputs:]), math.prod(ours[:inputs])
 
 
@@ -85,7 +85,7 @@ def from_hf(path: str, x, ours: tuple[int, ...]):
 def box(path: str, index: tuple[slice, ...], ours: tuple[int, ...]) -> tuple[slice, ...] | None:
   """The part there of a part of a leaf (of one layer), or None if it is no box there."""
   inputs = _inputs(path)
-  if path == "embedding":
+  if _is_unchanged(path):
     return index
   if inputs is None:
     flat = [_flat(index, ours)]
@@ -94,10 +94,14 @@ def box(path: str, index: tuple[slice, ...], ours: tuple[int, ...]) -> tuple[sli
   return None if None in flat else tuple(flat)
 
 
+def _is_unchanged(path: str) -> bool:
+  return path == "embedding" or "psc_" in path
+
+
 def _inputs(path: str) -> int | None:
   """How many leading axes of a matrix are inputs; None where the layout is the same."""
   last = path.rpartition("/")[2]
-  if path == "embedding" or last == "scale" or last.endswith("_bias"):
+  if _is_unchanged(path) or last == "scale" or last.endswith("_bias"):
     return None
   return 2 if last == "o" else 1
 
