@@ -222,15 +222,17 @@ def test_functions_are_those_of_rope_jax(heads, bound, pairs):
   np.testing.assert_allclose(theirs.numpy(), ours, atol=1e-6)
 
 
-def test_the_gate_is_rounded_once_in_bfloat16():
+def test_the_gate_of_bfloat16_is_computed_in_float32():
   rng = np.random.default_rng(0)
   x, up, down = (rng.normal(size=s).astype(np.float32) for s in ((64, 2, 8), (2, 8, 8), (2, 8, 8)))
+  given = [torch.tensor(y).bfloat16() for y in (x, up, down)]
+  gate = modeling_rope_jax.psc_gate(*given)
+  y = modeling_rope_jax._two_layers(*given)
+  assert gate.dtype == y.dtype == torch.bfloat16
+  assert torch.equal(gate, (1 + 0.5 * torch.tanh(y.double())).bfloat16())
   ours = rope.psc_gate(jnp.asarray(x, jnp.bfloat16), up, down)
-  theirs = modeling_rope_jax.psc_gate(*(torch.tensor(y).bfloat16() for y in (x, up, down)))
-  assert theirs.dtype == torch.bfloat16
-  # Half a unit in the last place of 1.5, and what the sums of the products round differently.
-  difference = np.abs(theirs.float().numpy() - np.asarray(ours, np.float32))
-  assert np.median(difference) == 0 and difference.max() < 0.02
+  difference = np.abs(gate.float().numpy() - np.asarray(ours, np.float32))
+  assert np.median(difference) == 0 and difference.max() < 0.02  # the products round differently
 
 
 # --- the whole model ---
@@ -370,6 +372,28 @@ def test_attention_implementations_agree_and_attentions_are_returned(tmp_path, k
   assert [x.shape for x in out.attentions] == LAYERS * [(2, HEADS, 24, 24)]
 
 
+@families
+def test_attention_functions_are_given_what_the_base_model_gives(tmp_path, kind):
+  """What only FlashAttention reads, too: it has no mask and slides by `sliding_window`."""
+  base, _, _ = export(tmp_path, kind, PRE, change=zero_up)
+  calls = []
+
+  def spy(module, q, k, v, mask, **options):
+    calls.append(((q.shape, k.shape, v.shape), {"sliding_window": None} | options))
+    return transformers.AttentionInterface()["sdpa"](module, q, k, v, mask, **options)
+
+  transformers.AttentionInterface.register("spy", spy)
+  transformers.AttentionMaskInterface.register("spy", transformers.masking_utils.sdpa_mask)
+  for model in (base, loaded(tmp_path / "export")):
+    model.set_attn_implementation("spy")
+    logits(model, tiny.tokens(2, 24))
+  for (shapes, options), (our_shapes, ours) in zip(calls[:LAYERS], calls[LAYERS:], strict=True):
+    assert shapes == our_shapes
+    assert options.keys() == ours.keys()
+    for key in set(options) - {"position_ids"}:
+      assert options[key] is ours[key] or options[key] == ours[key], key
+
+
 def test_a_post_calibration_is_not_a_pre_calibration(tmp_path):
   _, tensors, config = export(tmp_path, "llama", PRE)
   tokens = tiny.tokens(2, 24)
@@ -385,6 +409,7 @@ def test_a_post_calibration_is_not_a_pre_calibration(tmp_path):
 def test_training_starts_from_the_identity_and_checkpoints_layers(tmp_path, kind, phase):
   export(tmp_path, kind, phase)
   config = transformers.AutoConfig.from_pretrained(tmp_path / "export", trust_remote_code=True)
+  torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).train()
   model.activation_checkpointing_enable()
   tokens = torch.tensor(tiny.tokens(2, 24), dtype=torch.long)
@@ -395,7 +420,7 @@ def test_training_starts_from_the_identity_and_checkpoints_layers(tmp_path, kind
     if name.endswith(".up"):
       assert not p.any() and p.grad.any()
     else:
-      assert 0.9 / HEAD_DIM < p.abs().max() <= 1 / HEAD_DIM and not p.grad.any()
+      assert 0.7 / HEAD_DIM < p.abs().max() <= 1 / HEAD_DIM and not p.grad.any()
 
 
 def test_adapters_on_the_projections_come_before_the_phase(tmp_path):
@@ -434,12 +459,16 @@ def test_saving_and_loading_gives_the_same_model(tmp_path, kind, phase):
   np.testing.assert_array_equal(logits(again, tokens), logits(model, tokens))
 
 
-def test_a_model_made_in_memory_can_be_saved_and_loaded(tmp_path):
+def test_models_made_in_memory_can_be_saved_and_loaded(tmp_path):
   config = modeling_rope_jax.RopeJaxQwen3Config(**SIZES, head_dim=HEAD_DIM, phase=POST)
   model = modeling_rope_jax.RopeJaxQwen3ForCausalLM(config).eval()
-  model.save_pretrained(tmp_path)
-  again = loaded(tmp_path)
-  np.testing.assert_array_equal(logits(again, tiny.tokens(1, 9)), logits(model, tiny.tokens(1, 9)))
+  model.save_pretrained(tmp_path / "model")
+  tokens = tiny.tokens(1, 9)
+  np.testing.assert_array_equal(logits(loaded(tmp_path / "model"), tokens), logits(model, tokens))
+  decoder = modeling_rope_jax.RopeJaxQwen3Model(copy.deepcopy(config))
+  decoder.save_pretrained(tmp_path / "decoder")
+  again = loaded(tmp_path / "decoder", transformers.AutoModel)
+  assert all(torch.equal(again.state_dict()[k], x) for k, x in decoder.state_dict().items())
 
 
 @families

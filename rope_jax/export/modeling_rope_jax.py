@@ -17,6 +17,7 @@ imports it. It needs torch and transformers only. A checkpoint is that of its ba
   tensors, N for q (attention heads) and k (KV heads), 1 if heads share; d = head_dim
     model.layers.{i}.self_attn.phase_{q,k}.up: [N, d, d], applied first
     model.layers.{i}.self_attn.phase_{q,k}.down: [N, d, d], [N, d, rotated pairs] for psc_rotation
+    Parameters that layers share are written for each layer.
 
 The mathematics is that of rope_jax/rope/phase.py; channels are in Hugging Face's half-split layout.
 """
@@ -192,8 +193,7 @@ def _make_family(kind, name):
       if isinstance(module, Phase):
         module.reset_parameters()
 
-  # transformers adds GenerationMixin to a copy of a remote class that does not name it.
-  class ForCausalLM(getattr(modeling, f"{name}ForCausalLM"), transformers.GenerationMixin):
+  class ForCausalLM(getattr(modeling, f"{name}ForCausalLM")):
     config_class = Config
 
     def __init__(self, config):
