@@ -42,8 +42,9 @@ def extended(path, name, **changes):
     variables = state.initial_variables(c, mesh, "")
   rng = np.random.default_rng(0)
   for name in set(variables) - {"params"}:
+    scale = dict(lora=0.1, phase=0.3)[name]
     variables[name] = jax.tree.map(
-      lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), variables[name]
+      lambda x, scale=scale: (scale * rng.normal(size=x.shape)).astype(x.dtype), variables[name]
     )
   return c, variables
 

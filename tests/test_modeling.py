@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 import rope_jax
 from rope_jax import rope
+from rope_jax.export import modeling_rope_jax
 from rope_jax.model.config import ModelConfig
 from rope_jax.model.llama import Llama, unembedding
-from rope_jax.weights import load, modeling_rope_jax
+from rope_jax.weights import load
 from rope_jax.weights.source import open_source
 
 FILE = Path(modeling_rope_jax.__file__)

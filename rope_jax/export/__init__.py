@@ -194,7 +194,7 @@ def _facts(c, workdir: str, step: int | None, base_model: str) -> dict:
       results = json.load(f)
   return dict(
     rope_jax=rope_jax.__version__,
-    base=base_model or os.path.basename(os.path.normpath(c.init_from)) if c.init_from else "",
+    base=base_model or os.path.basename(c.init_from.rstrip(os.sep)),
     step=(newest if step is None else step) if trained else 0,
     rope=resolve.describe(c),
     config=c.to_dict(),

@@ -374,15 +374,15 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = 
   pairs, heads = cos.shape[-1], x.shape[-2]
   if 2 * pairs > x.shape[-1]:
     raise ValueError(f"x has head_dim {x.shape[-1]}, but cos has {pairs} angles, for {2 * pairs}")
+  if 2 * pairs < x.shape[-1]:
+    rotated = rotate(x[..., : 2 * pairs], cos, sin, interleaved=interleaved)
+    return x.at[..., : 2 * pairs].set(rotated)
   if cos.ndim == x.ndim:
     if heads % cos.shape[-2]:
       raise ValueError(f"{cos.shape[-2]} groups of angles do not divide {heads} heads")
     cos, sin = (jnp.repeat(t, heads // t.shape[-2], axis=-2) for t in (cos, sin))
   else:
     cos, sin = cos[..., None, :], sin[..., None, :]
-  if 2 * pairs < x.shape[-1]:
-    rotated = rotate(x[..., : 2 * pairs], cos, sin, interleaved=interleaved)
-    return x.at[..., : 2 * pairs].set(rotated)
   axis = -1 if interleaved else -2
   x_pairs = x.reshape(*x.shape[:-1], *((pairs, 2) if interleaved else (2, pairs)))
   cos, sin = (jnp.expand_dims(t, axis) for t in (cos, sin))
