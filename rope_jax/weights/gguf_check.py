@@ -7,6 +7,7 @@ once and decoded when asked for. Format: ggml-org/ggml docs/gguf.md.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from typing import NamedTuple
@@ -265,6 +266,7 @@ class _Walk:
     return out
 
 
+@functools.cache
 def _blocks() -> dict[int, tuple[str, tuple[int, int]]]:
   """Number of a quantisation -> its name and (elements, bytes) of a block."""
   import gguf

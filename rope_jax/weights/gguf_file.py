@@ -182,7 +182,8 @@ class GGUFSource:
       import gguf
 
       try:
-        x = gguf.dequantize(raw, gguf.GGMLQuantizationType[t.kind])
+        with np.errstate(invalid="ignore", over="ignore"):  # scales that are not finite
+          x = gguf.dequantize(raw, gguf.GGMLQuantizationType[t.kind])
       except Exception as error:  # of the package, whatever it is
         raise self._wrong(f"{name}: {t.kind} cannot be dequantised: {error}") from error
     wanted = wanted - first * elements
