@@ -231,6 +231,17 @@ def test_llama3_written_as_factors_gives_the_frequencies_of_llama3(tmp_path):
   assert got.attention_scale == 1.0 and got.context == 131072
 
 
+def test_factors_scale_attention_only_if_the_file_says_so(tmp_path):
+  extra = {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}
+  options = dict(scaling__original_context_length=1024)
+  for more, scale in ({}, 1.0), (dict(scaling__attn_factor=1.25), 1.25):
+    got = rope_of(tmp_path, "llama", extra, **options, **more)
+    assert got.attention_scale == scale and got.original_context == 1024
+    np.testing.assert_allclose(
+      got.inv_freq * np.arange(1, 9), from_hf(rope_type="default").inv_freq
+    )
+
+
 @pytest.mark.parametrize("attention", [None, 1.5])
 @pytest.mark.parametrize("kind", [None, "longrope"])
 def test_phi3_factors_are_longrope(tmp_path, attention, kind):

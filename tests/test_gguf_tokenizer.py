@@ -209,6 +209,15 @@ def test_equal_scores_keep_the_order_of_transformers(tmp_path):
     assert ids(ours, "a" * n) == ids(them, "a" * n)
 
 
+def test_text_that_looks_like_a_byte_is_not_one(tmp_path):
+  tokens = ["<unk>", "<0x41>", "▁", "<", "0", "x", "4", "1", ">", "<0", "x4", "<0x4", "1>"]
+  types = [2, 6] + [1] * 11
+  path = write(tmp_path, tokens, types, added={}, model="llama", scores=[0.0] * len(tokens))
+  ours, _ = gguf_tokenizer.read(check(path))
+  assert [tokens[i] for i in ids(ours, "<0x41>")] == ["▁", "<0x4", "1>"]
+  assert ours.decode(ids(ours, "<0x41>")) == "<0x41>"
+
+
 def test_what_the_file_says_of_itself(tmp_path):
   keys = dict(bos_token_id=0, eos_token_id=2, unknown_token_id=3, padding_token_id=5)
   keys |= dict(add_eos_token=True, chat_template="{{ x }}")

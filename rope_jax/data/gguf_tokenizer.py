@@ -182,8 +182,7 @@ class _Reader:
     merges = []
     for piece, i in normal.items():
       pairs = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
-      pairs = [(normal[a], normal[b], a, b) for a, b in pairs if a in normal and b in normal]
-      merges += [(scores[i], len(a), len(b), a, b) for _, _, a, b in sorted(pairs)]
+      merges += [(scores[i], len(a), len(b), a, b) for a, b in pairs if a in normal and b in normal]
     merges.sort(key=lambda m: m[:3], reverse=True)
     return [m[3:] for m in merges]
 
