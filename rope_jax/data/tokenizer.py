@@ -8,8 +8,9 @@ import os
 
 import numpy as np
 
+from rope_jax.data import gguf_tokenizer
 from rope_jax.data.posgen import PosGenTokenizer
-from rope_jax.weights import locate
+from rope_jax.weights import gguf_check, locate
 
 
 class ByteTokenizer:
@@ -110,57 +111,5 @@ def _from_json(path: str) -> Tokenizer:
 
 
 def _from_gguf(path: str) -> Tokenizer:
-  from tokenizers import AddedToken
-  from tokenizers import Tokenizer as HFTokenizer
-
-  from rope_jax.weights.source import GGUFSource
-
-  source = GGUFSource(path)
-  model = source.field("tokenizer.ggml.model")
-  tokens = source.field("tokenizer.ggml.tokens")
-  types = source.field("tokenizer.ggml.token_type")
-  if model == "gpt2":
-    tokenizer = HFTokenizer(_byte_level_bpe(source, path, tokens))
-    pre = source.field("tokenizer.ggml.pre", "default")
-    tokenizer.pre_tokenizer, tokenizer.decoder = _byte_level(pre, path)
-  else:
-    raise ValueError(
-      f"{path}: tokenizer model {model!r} is not supported; set config.tokenizer to the "
-      "tokenizer.json of the same model"
-    )
-  control = [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == 3]
-  tokenizer.add_special_tokens(control)
-  user = [AddedToken(t, special=False, normalized=False) for t, k in zip(tokens, types) if k == 4]
-  tokenizer.add_tokens(user)
-  ids = {k: source.reader.fields.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
-  ids = {k: None if f is None else int(f.contents()) for k, f in ids.items()}
-  adds_bos = source.reader.fields.get("tokenizer.ggml.add_bos_token")
-  adds_bos = bool(adds_bos is not None and adds_bos.contents())
-  return Tokenizer(tokenizer, ids["bos"], ids["eos"], adds_bos)
-
-
-def _byte_level_bpe(source, path: str, tokens: list[str]):
-  from tokenizers import models
-
-  merges = [tuple(m.split(" ")) for m in source.field("tokenizer.ggml.merges")]
-  if any(len(m) != 2 for m in merges):
-    raise ValueError(f"{path}: a merge of the tokenizer is not a pair")
-  return models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
-
-
-def _byte_level(pre: str, path: str):
-  """Pre-tokenizer and decoder by the name that GGUF files carry."""
-  from tokenizers import decoders, pre_tokenizers
-
-  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  known = {
-    "gpt-2": byte_level,
-    "default": byte_level,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
-  }
-  if pre not in known:
-    raise ValueError(
-      f"{path}: pre-tokenizer {pre!r} is not supported ({', '.join(known)} are); set "
-      "config.tokenizer to the tokenizer.json of the same model"
-    )
-  return known[pre], decoders.ByteLevel()
+  tokenizer, info = gguf_tokenizer.read(gguf_check.check(path))
+  return Tokenizer(tokenizer, info["bos_id"], info["eos_id"], info["adds_bos"])
