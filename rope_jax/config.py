@@ -88,6 +88,8 @@ def base() -> ConfigDict:
   c.model.d_ff = 128
   c.model.norm_eps = 1e-5
   c.model.tie_embeddings = True
+  # Tokens that a token attends to, itself included, in the order of the sequence; 0: all before it.
+  c.model.window = 0
   c.model.dtype = "float32"  # compute; norms, softmax, angles and loss are float32 in any case
   c.model.param_dtype = "float32"  # of the base model; adapters are float32
   # 'dense', 'blockwise' (any backend), 'splash' (TPU) or 'splash_interpret' (its test anywhere)

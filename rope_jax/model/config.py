@@ -26,6 +26,7 @@ class ModelConfig:
   d_ff: int
   norm_eps: float = 1e-5
   tie_embeddings: bool = False
+  window: int = 0
   dtype: str = "float32"
   param_dtype: str = "float32"
   attention: str = "blockwise"
