@@ -164,7 +164,8 @@ def _mask_infos(sees, keys, block_q, block_k, window):
   next that is computed, so that nothing is fetched for nothing.
   """
   columns = -(-keys // block_k)
-  sees = jax.tree.map(lambda x: x.reshape(-1, block_q), sees)
+  visible, hidden = sees
+  sees = jax.tree.map(lambda x: x.reshape(-1, block_q), (jnp.minimum(visible, keys), hidden))
   some = seen_blocks(sees, jnp.arange(columns) * block_k, block_k)
   wide, high = columns, len(some)
   if window:
@@ -182,7 +183,7 @@ def _mask_infos(sees, keys, block_q, block_k, window):
       mask_next=None,
       block_mask=computed.astype(jnp.int32)[None],
       partial_mask_blocks=None,
-      q_sequence=(sees[0].reshape(-1) - 1).astype(jnp.int32),
+      q_sequence=(visible - 1).astype(jnp.int32),
     )
     for block, computed in (by_queries, by_keys)
   )
