@@ -46,6 +46,10 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
   check(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "an even number")
   _devices(c, platform or jax.default_backend())
   choice("model.context_parallel", m.context_parallel, CONTEXT_PARALLEL)
+  check(m.window >= 0, "model.window", m.window, "0 (all tokens before) or positive")
+  check(not m.window or "splash" not in m.attention or m.context_parallel != "ring"
+        or c.mesh.context == 1, "model.context_parallel", m.context_parallel,
+        f"'all_gather' with model.window={m.window} under splash attention")  # fmt: skip
   for key in ("block_q", "block_k"):
     check(m[key] >= 0, f"model.{key}", m[key], "0 (by the shape) or positive")
     check("splash" not in m.attention or m[key] % 128 == 0, f"model.{key}", m[key],

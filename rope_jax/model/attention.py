@@ -2,7 +2,9 @@
 
 Shapes: q [B, L, H, E]; k, v [B, L, K, E] with H a multiple of K (grouped queries);
 segment_ids [B, L] int32 or None. Scores are scaled by 1/sqrt(E); softmax is in float32.
-A token attends to tokens at or before it in the sequence, of its own segment.
+A token attends to tokens at or before it in the sequence, of its own segment; with a window, to the
+last `window` of them, itself included: those whose number is above its own less `window`, as in
+Hugging Face's `sliding_window`.
 
 Over a mesh (`jax.set_mesh`), rows are split over 'data' and 'fsdp', heads over 'tensor' and tokens
 over 'context', where they stand in the order of `places`. `dense`, the reference, leaves it to the
@@ -23,6 +25,11 @@ from rope_jax.model import blockwise, context
 from rope_jax.model.config import ATTENTION
 
 ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
+# Splash compares one number a query with the place of a key; in a ring, keys are of two chunks.
+NO_RING = (
+  "config.model.context_parallel='ring': expected 'all_gather' where config.model.attention is "
+  "splash and config.model.window is not 0"
+)
 
 
 def attend(cfg, q, k, v, segment_ids=None):
@@ -34,7 +41,7 @@ def attend(cfg, q, k, v, segment_ids=None):
   if cfg.attention not in ATTENTION:
     raise ValueError(f"model.attention must be one of {ATTENTION}, got {cfg.attention!r}")
   if cfg.attention == "dense":
-    out = dense(q, k, v, segment_ids, places=places(cfg, q.shape[1]))
+    out = dense(q, k, v, segment_ids, places=places(cfg, q.shape[1]), window=cfg.window)
     return checkpoint_name(out, "attention")
   places(cfg, q.shape[1])  # refuses what cannot be split
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -55,14 +62,16 @@ def arrange(cfg, batch):
   return batch if in_order else jax.tree.map(lambda x: x[:, order], batch)
 
 
-def dense(q, k, v, segment_ids=None, places=None):
+def dense(q, k, v, segment_ids=None, places=None, window=0):
   """The reference: all L x L scores at once. `places`: numbers of the tokens, if not in order."""
-  if places is None or (np.diff(places) > 0).all():
+  places = np.arange(q.shape[1]) if places is None else places
+  if (np.diff(places) > 0).all() and not window:
     mask = None
     if segment_ids is not None:
       mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-  mask = jnp.asarray(places[:, None] >= places)[None, None]
+  before = places[:, None] - places
+  mask = jnp.asarray((before >= 0) & (before < (window or len(places))))[None, None]
   if segment_ids is not None:
     mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
   return jax.nn.dot_product_attention(q, k, v, mask=mask)
@@ -106,10 +115,12 @@ def _plan(cfg, q, k):
       f"config.mesh.tensor={tensor} does not divide config.model.num_kv_heads={k.shape[1]}"
     )
   if shards == 1:
-    plan = context.alone(kernel(cfg))
+    plan = context.alone(kernel(cfg), cfg.window)
   else:
+    if cfg.window and cfg.context_parallel == "ring" and "splash" in cfg.attention:
+      raise ValueError(NO_RING)
     strategy = dict(all_gather=context.all_gather, ring=context.ring)[cfg.context_parallel]
-    plan = strategy(kernel(cfg), shards, cfg.load_balance)
+    plan = strategy(kernel(cfg), shards, cfg.load_balance, cfg.window)
   batch = ROWS if q.shape[0] % rows == 0 else None  # too few to split: each device has them all
   heads = P(batch, "tensor", context.AXIS)
   return plan, heads, heads, P(batch, context.AXIS)
@@ -124,7 +135,7 @@ def kernel(cfg) -> context.Kernel:
   else:
     from rope_jax.model import splash as module  # Pallas for TPU: slow to import
 
-    blocks["interpret"] = cfg.attention == "splash_interpret"
+    blocks |= dict(interpret=cfg.attention == "splash_interpret", window=cfg.window)
   return context.Kernel(
     functools.partial(module.forward, **blocks), functools.partial(module.backward, **blocks)
   )

@@ -97,7 +97,7 @@ def append(cache: Cache, layer: jax.Array, k_BxTxKxE, v_BxTxKxE) -> Cache:
 
 
 def attend(cfg: ModelConfig, cache: Cache, q_BxTxHxE, k_BxKxCxE, v_BxKxCxE) -> jax.Array:
-  """Attention of the T newest tokens, written from `cache.index` on, to all up to themselves.
+  """Attention of the T newest tokens, written from `cache.index` on, to those up to themselves.
 
   Args:
     cfg: of the model.
@@ -120,10 +120,10 @@ def attend(cfg: ModelConfig, cache: Cache, q_BxTxHxE, k_BxKxCxE, v_BxKxCxE) -> j
   def part(q, k, v, padding, index):
     first = jax.lax.axis_index(context.AXIS) * own if shards > 1 else 0
     queries = index + jnp.arange(T)
-    visible = jnp.clip(queries + 1 - first, 0, own)
+    visible, hidden = context.up_to(queries - first, cfg.window)
     padded = padding[:, None]
     of_q, of_k = (x.astype(jnp.int32) for x in (queries < padded, first + jnp.arange(own) < padded))
-    out, logsumexp = forward(q, k, v, visible, of_q, of_k)
+    out, logsumexp = forward(q, k, v, visible, of_q, of_k, hidden=hidden)
     if shards == 1:
       return out
     weight = jnp.exp(logsumexp - jax.lax.pmax(logsumexp, context.AXIS))[..., None]
@@ -136,13 +136,16 @@ def attend(cfg: ModelConfig, cache: Cache, q_BxTxHxE, k_BxKxCxE, v_BxKxCxE) -> j
   return out.swapaxes(1, 2)
 
 
-def _dense(q, k, v, visible, segments_q, segments_k):
+def _dense(q, k, v, visible, segments_q, segments_k, *, hidden=None):
   """As `blockwise.forward`, with all scores at once."""
   B, H, T, E = q.shape
   K = k.shape[1]
   q = q.reshape(B, K, H // K, T, E)
   scores = jnp.einsum("bkgte,bkce->bkgtc", q, k, preferred_element_type=jnp.float32) / np.sqrt(E)
-  mask = jnp.arange(k.shape[2]) < visible[:, None]
+  keys = jnp.arange(k.shape[2])
+  mask = keys < visible[:, None]
+  if hidden is not None:
+    mask = mask & (keys >= hidden[:, None])
   mask = mask & (segments_q[:, :, None] == segments_k[:, None, :])
   scores = jnp.where(mask[:, None, None], scores, MASKED)
   maximum = scores.max(-1, keepdims=True)

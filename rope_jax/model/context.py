@@ -7,8 +7,9 @@ mask all have the same work (Brandon et al., Striped Attention, arXiv 2311.09431
 place of stripes).
 
 A `Kernel` (rope_jax/model/blockwise.py, splash.py) computes queries against keys in the order of
-the sequence, of which each query sees the first so many. How many is counted here, from the chunks
-that came with the keys; rotation is already in them, with the positions that the caller gave.
+the sequence, of which each query sees the first so many, but for those before its window, if there
+is one (`window` tokens, itself included). How many is counted here, from the chunks that came with
+the keys; rotation is already in them, with the positions that the caller gave.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def order(length: int, shards: int, balanced: bool) -> np.ndarray:
   return np.stack([chunks[:shards], chunks[: shards - 1 : -1]], axis=1).reshape(-1)
 
 
-def all_gather(kernel: Kernel, shards: int, balanced: bool) -> Kernel:
+def all_gather(kernel: Kernel, shards: int, balanced: bool, window: int = 0) -> Kernel:
   """Every device gathers all keys; their gradients are summed back to their owners."""
   chunks = 2 * shards if balanced else shards
   # Gathered chunks stand in the order of their owners: `restore` sorts them, `scatter` undoes it.
@@ -75,26 +76,28 @@ def all_gather(kernel: Kernel, shards: int, balanced: bool) -> Kernel:
 
   def keys(q, k, v, segments):
     starts = _starts(jax.lax.axis_index(AXIS), shards, q.shape[2], balanced)
-    visible = _numbers(starts, q.shape[2]) + 1
+    visible, hidden = up_to(_numbers(starts, q.shape[2]), window)
     others = None if segments is None else gather(segments, 1)
-    return gather(k, 2), gather(v, 2), visible, segments, others
+    return (gather(k, 2), gather(v, 2), visible, segments, others), hidden
 
   def forward(q, k, v, segments):
-    return kernel.forward(q, *keys(q, k, v, segments))
+    given, hidden = keys(q, k, v, segments)
+    return kernel.forward(q, *given, hidden=hidden)
 
   def backward(q, k, v, segments, out, logsumexp, d_out):
-    d_q, d_k, d_v = kernel.backward(q, *keys(q, k, v, segments), out, logsumexp, d_out)
+    given, hidden = keys(q, k, v, segments)
+    d_q, d_k, d_v = kernel.backward(q, *given, out, logsumexp, d_out, hidden=hidden)
     return d_q, reduce(d_k), reduce(d_v)
 
   return Kernel(forward, backward)
 
 
-def ring(kernel: Kernel, shards: int, balanced: bool) -> Kernel:
+def ring(kernel: Kernel, shards: int, balanced: bool, window: int = 0) -> Kernel:
   """Keys, with their segments and the numbers of their chunks, go once round the devices.
 
   Half of the heads go each way, so that both links of a device are busy. The backward pass sends
   them round again, and their gradients with them: nothing of a hop is kept but its part in the
-  output and the normaliser.
+  output and the normaliser. A hop without a key in the window of any query computes nothing.
   """
 
   def pass_on(tree, way):
@@ -108,6 +111,10 @@ def ring(kernel: Kernel, shards: int, balanced: bool) -> Kernel:
     q, k, v = (jnp.split(x, parts, axis=1) for x in (q, k, v))
     return _numbers(starts, q[0].shape[2]), q, [(*kv, segments, starts) for kv in zip(k, v)]
 
+  def sees(numbers, starts, length):
+    hidden = _held(numbers - window, starts, length) if window else None
+    return _held(numbers, starts, length), hidden
+
   def forward(q, k, v, segments):
     numbers, queries, travelling = own(q, k, v, segments)
 
@@ -116,9 +123,8 @@ def ring(kernel: Kernel, shards: int, balanced: bool) -> Kernel:
       k, v, others, starts = travelling
       # Sent before the work, which does not wait for it.
       following = pass_on(travelling, way)
-      part, part_logsumexp = kernel.forward(
-        q, k, v, _visible(numbers, starts, k.shape[2]), segments, others
-      )
+      visible, hidden = sees(numbers, starts, k.shape[2])
+      part, part_logsumexp = kernel.forward(q, k, v, visible, segments, others, hidden=hidden)
       total = jnp.logaddexp(logsumexp, part_logsumexp)
       out = out * jnp.exp(logsumexp - total)[..., None]
       out += part.astype(jnp.float32) * jnp.exp(part_logsumexp - total)[..., None]
@@ -142,8 +148,8 @@ def ring(kernel: Kernel, shards: int, balanced: bool) -> Kernel:
       d_q, d_k, d_v, travelling = carry
       k, v, others, starts = travelling
       following = pass_on(travelling, way)
-      visible = _visible(numbers, starts, k.shape[2])
-      parts = kernel.backward(q, k, v, visible, segments, others, *results)
+      visible, hidden = sees(numbers, starts, k.shape[2])
+      parts = kernel.backward(q, k, v, visible, segments, others, *results, hidden=hidden)
       d_q, d_k, d_v = (d + part.astype(jnp.float32) for d, part in zip((d_q, d_k, d_v), parts))
       return d_q, *pass_on((d_k, d_v), way), following
 
@@ -167,17 +173,28 @@ def ways(kv_heads: int, shards: int) -> tuple[int, ...]:
   return (1, -1) if kv_heads % 2 == 0 and shards > 2 else (1,)
 
 
-def alone(kernel: Kernel) -> Kernel:
+def alone(kernel: Kernel, window: int = 0) -> Kernel:
   """The whole sequence on one device."""
 
   def forward(q, k, v, segments):
-    return kernel.forward(q, k, v, jnp.arange(q.shape[2]) + 1, segments, segments)
+    visible, hidden = up_to(jnp.arange(q.shape[2]), window)
+    return kernel.forward(q, k, v, visible, segments, segments, hidden=hidden)
 
   def backward(q, k, v, segments, out, logsumexp, d_out):
-    visible = jnp.arange(q.shape[2]) + 1
-    return kernel.backward(q, k, v, visible, segments, segments, out, logsumexp, d_out)
+    visible, hidden = up_to(jnp.arange(q.shape[2]), window)
+    given = (q, k, v, visible, segments, segments, out, logsumexp, d_out)
+    return kernel.backward(*given, hidden=hidden)
 
   return Kernel(forward, backward)
+
+
+def up_to(numbers, window):
+  """(visible, hidden) of queries with these numbers, from that of the first key; see `Kernel`.
+
+  Where there is a window, hidden is visible - window, whatever keys there are: splash attention
+  relies on it.
+  """
+  return numbers + 1, numbers + 1 - window if window else None
 
 
 def _starts(shard, shards, length, balanced):
@@ -193,8 +210,8 @@ def _numbers(starts, length):
   return (starts[:, None] + jnp.arange(chunk)).reshape(-1)
 
 
-def _visible(numbers, starts, length):
-  """How many of the keys in these chunks each query is not before; they are the first ones."""
+def _held(numbers, starts, length):
+  """How many of the keys in these chunks are not after each number; they are the first ones."""
   chunk = length // len(starts)
   return jnp.clip(numbers[:, None] - starts + 1, 0, chunk).sum(-1)
 

@@ -251,6 +251,7 @@ def _kernel_flops(c, mesh, kernels: list[hlo.Kernel]) -> float:
       balanced=c.model.load_balance,
       block_q=splash.block_size("block_q", tokens, c.model.block_q),
       block_k=splash.block_size("block_k", keys, c.model.block_k),
+      window=c.model.window,
     )
     hops = shards if c.model.context_parallel == "ring" else 1
     products = 5 if phase == "dkv" and fused else _PRODUCTS[phase]

@@ -20,7 +20,7 @@ def train_flops_per_token(m, length: int, adapter_parameters: int, *, base_is_tr
 
   2 a parameter forward and 2 for the gradient of its input; 2 more for its own gradient if it is
   trained. Causal attention: two products forward, four backward, over half the sequence on
-  average. What rematerialisation computes again does not count.
+  average, less what is before the window. What rematerialisation computes again does not count.
 
   Args:
     m: a `ModelConfig`.
@@ -28,7 +28,10 @@ def train_flops_per_token(m, length: int, adapter_parameters: int, *, base_is_tr
     adapter_parameters: trained parameters of lora and phase.
     base_is_trained: whether the base model has gradients of its own.
   """
-  attention = m.num_layers * 6 * 2 * (length / 2) * m.num_heads * m.head_dim
+  keys = length / 2
+  if 0 < m.window < length:
+    keys -= (length - m.window) ** 2 / (2 * length)
+  attention = m.num_layers * 6 * 2 * keys * m.num_heads * m.head_dim
   base = (6 if base_is_trained else 4) * matrix_parameters(m)
   return int(base + 6 * adapter_parameters + attention)
 
@@ -40,7 +43,14 @@ def peak_flops() -> float | None:
 
 
 def attention_tiles(
-  length: int, shards: int, *, strategy: str, balanced: bool, block_q: int, block_k: int
+  length: int,
+  shards: int,
+  *,
+  strategy: str,
+  balanced: bool,
+  block_q: int,
+  block_k: int,
+  window: int = 0,
 ) -> float:
   """Scores that a device computes of one head of a sequence, in tokens squared.
 
@@ -53,20 +63,29 @@ def attention_tiles(
     strategy: 'all_gather' or 'ring'.
     balanced: as in `context.order`.
     block_q, block_k: tokens of a block.
+    window: tokens that a token attends to; 0: all up to itself.
   """
   places = context.order(length, shards, balanced).reshape(shards, -1)
-  last = places[:, block_q - 1 :: block_q]  # of each block of queries
 
   def blocks(queries, keys):
-    """Blocks of sorted keys that these queries see."""
-    visible = np.searchsorted(keys, queries, side="right")
-    return int(np.ceil(visible / block_k).sum())
+    """Blocks of sorted keys that blocks of these queries see."""
+    # Of queries without a window the last of a block sees the most.
+    rows = queries.reshape(-1, block_q) if window else queries[block_q - 1 :: block_q, None]
+    visible = np.searchsorted(keys, rows, side="right")
+    if not window:
+      return int(np.ceil(visible / block_k).sum())
+    hidden = np.searchsorted(keys, rows - window, side="right")
+    total = 0
+    for first in range(0, len(keys), block_k):
+      seen = (first < visible) & (hidden < first + block_k) & (hidden < visible)
+      total += int(seen.any(1).sum())
+    return total
 
   if strategy == "all_gather" or shards == 1:
-    tiles = max(blocks(last[i], np.arange(length)) for i in range(shards))
+    tiles = max(blocks(places[i], np.arange(length)) for i in range(shards))
   else:
     tiles = sum(
-      max(blocks(last[i], places[(i - hop) % shards]) for i in range(shards))
+      max(blocks(places[i], places[(i - hop) % shards]) for i in range(shards))
       for hop in range(shards)
     )
   return float(tiles * block_q * block_k)

@@ -75,6 +75,7 @@ class GGUFSource:
       (tokens of sliding attention; 0: all).
     rope: the Rope that the model was made with.
     unread: stored names that are not understood: using the model without them would be wrong.
+    phase: {}: there is no learned phase in GGUF files.
 
   Raises:
     ValueError: naming the file and what is damaged, missing, at odds or not supported.
@@ -82,6 +83,7 @@ class GGUFSource:
 
   def __init__(self, path: str):
     self.path = path
+    self.phase = {}
     self.header = check(path)
     self.family = self.field("general.architecture")
     if self.family not in FAMILIES:
