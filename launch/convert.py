@@ -3,6 +3,7 @@
   python launch/convert.py show CHECKPOINT
   python launch/convert.py export --workdir=DIR --out=OUT [--format=peft] [--dtype=bfloat16]
   python launch/convert.py export --config=configs/smollm2_16k.py --out=OUT
+  python launch/convert.py verify OUT [--tokens=16384] [--text=FILE]
   python launch/convert.py import CHECKPOINT --out=OUT
 
 CHECKPOINT is a Hugging Face directory, a .gguf file or a packaged checkpoint (smollm2-135m). `show`
@@ -13,6 +14,9 @@ with --config and no run, the model of config.init_from with the rope of the con
 default, is a whole model for transformers, LoRA merged; PSC comes with its modelling file. 'peft'
 is LoRA alone. The directory has a model card, and rope_jax.json with the resolved rope, the config
 and the results. It appears when all of it is written.
+
+`verify` runs an export in transformers and in rope_jax on the same text and compares perplexities
+and the losses of single tokens; it needs PyTorch and transformers.
 
 `import` writes a checkpoint as it is, dequantised, as a Hugging Face directory. To train from a
 checkpoint it need not be imported: config.init_from reads all of these.
@@ -38,6 +42,8 @@ BASE_MODEL = flags.DEFINE_string(
 )
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest file of weights, 10^9 bytes.", 1e-6)
 TOKENIZER = flags.DEFINE_bool("tokenizer", True, "Export the tokenizer, too.")
+TOKENS = flags.DEFINE_integer("tokens", 2048, "With verify: of the text.", lower_bound=2)
+TEXT = flags.DEFINE_string("text", "", "With verify: a file; the prose of Python's manual if none.")
 JSON = flags.DEFINE_bool("json", False, "With show: print one JSON object and nothing else.")
 
 
@@ -74,6 +80,18 @@ def export(arguments):
   else:
     cli.fail("export: give --workdir of a run, or --config")
   _write(c, WORKDIR.value)
+
+
+def verify(arguments):
+  from rope_jax.export import verify as verify_lib
+
+  path = _one(arguments, "verify")
+  found = _of_checkpoint(lambda p: verify_lib.verify(p, TOKENS.value, TEXT.value), path)
+  print(
+    f"perplexity of {found['tokens']:,} tokens: rope_jax {found['ours']:.5f}, transformers "
+    f"{found['theirs']:.5f} (ratio {found['theirs'] / found['ours']:.6f}); largest difference of "
+    f"a token's loss {found['difference']:.2e} nats"
+  )
 
 
 def import_(arguments):
@@ -121,7 +139,7 @@ def _write(c, workdir: str):
     print("  " + "  ".join(sorted(made["files"])))
 
 
-COMMANDS = {"show": show, "export": export, "import": import_}
+COMMANDS = {"show": show, "export": export, "verify": verify, "import": import_}
 
 if __name__ == "__main__":
   cli.start(main)
