@@ -23,6 +23,10 @@ class Checkpoints:
     """Steps done at the newest whole checkpoint, or None."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """Steps done at each whole checkpoint, in order."""
+    return sorted(self._manager.all_steps())
+
   def save(self, step: int, **items) -> None:
     """Saves trees by name in the background; a kill at any moment leaves earlier ones whole."""
     if step != self.latest():

@@ -118,6 +118,9 @@ def run_variables(workdir: str, mesh, step: int | None = None) -> dict:
   step = checkpoints.latest() if step is None else step
   if step is None:
     raise ValueError(f"{workdir}: the run has no checkpoint yet")
+  if step not in checkpoints.steps():
+    kept = ", ".join(map(str, checkpoints.steps()))
+    raise ValueError(f"--step={step}: {workdir} has checkpoints after steps {kept}")
   trainable, frozen = split(c, variables)
   restored = checkpoints.restore(step, trainable=abstract_of(trainable))
   checkpoints.close()
