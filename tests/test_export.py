@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from psc_exports import _modules_cache  # noqa: F401
 from test_families import hf_model
 from test_weights import hf_logits
 
@@ -115,10 +116,9 @@ def test_peft_loads_adapters(tmp_path, name, targets):
   ],
 )
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
-def test_psc_and_lora_give_the_same_logits_and_come_back(tmp_path, name, phase, monkeypatch):
+def test_psc_and_lora_give_the_same_logits_and_come_back(tmp_path, name, phase):
   import torch
 
-  monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
   c, variables = extended(tmp_path / "base", name, **phase)
   made = export.write(c, variables, str(tmp_path / "out"))
   assert "psc-00001-of-00001.safetensors" in made["files"]
