@@ -169,6 +169,18 @@ def test_provenance_holds_the_rope_the_config_and_the_results(exported):
   assert sorted(made["files"]) == sorted(os.listdir(path / "out"))
 
 
+def test_the_base_of_a_run_that_starts_from_a_run_is_named(exported, tmp_path):
+  c, path, _ = exported
+  later = c.copy_and_resolve_references()
+  later.init_from = "run:run"
+  assert export._base_name(later, str(path / "later")) == ""
+  hf_model("llama").save_pretrained(tmp_path / "Base-1B")
+  first = presets.pretrained(str(tmp_path / "Base-1B"))
+  config.write(first, str(tmp_path / "first"))
+  later.init_from = str(tmp_path / "first")
+  assert export._base_name(later, "") == "Base-1B"
+
+
 def test_the_model_card_states_what_was_done(exported):
   c, path, _ = exported
   card = (path / "out" / "README.md").read_text()

@@ -194,13 +194,23 @@ def _facts(c, workdir: str, step: int | None, base_model: str) -> dict:
       results = json.load(f)
   return dict(
     rope_jax=rope_jax.__version__,
-    base=base_model or os.path.basename(c.init_from.rstrip(os.sep)),
+    base=base_model or _base_name(c, workdir),
     step=(newest if step is None else step) if trained else 0,
     rope=resolve.describe(c),
     config=c.to_dict(),
     **known,
     results=results,
   )
+
+
+def _base_name(c, workdir: str) -> str:
+  """What the weights of a run come from in the end; '' if they were random."""
+  if not c.init_from:
+    return ""
+  kind, path = locate(state.init_path(c, workdir))
+  if kind == "run":
+    return _base_name(config_lib.read(path), path)
+  return os.path.basename(c.init_from.rstrip(os.sep))
 
 
 def _write_rest(directory: str, c, init_path: str, hf: dict, facts: dict, text) -> list[str]:
