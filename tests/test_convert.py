@@ -10,7 +10,7 @@ import tiny
 from conftest import ROOT
 from test_families import hf_model
 
-from rope_jax import config
+from rope_jax import config, export, presets
 from rope_jax.train import loop
 
 
@@ -97,3 +97,24 @@ def test_bad_arguments_are_one_line(args, message):
   assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
   assert not (ROOT / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_becomes_a_directory_with_its_tokenizer_and_chat_template(tmp_path):
+  from transformers import AutoTokenizer
+
+  ours = tiny.smollm2_tokenizer()  # skips where there is no such file
+  c = presets.pretrained("smollm2-135m")
+  export.export(c, "", str(tmp_path / "out"), dtype="bfloat16", shard_bytes=10**8)
+  assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+  theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+  for text in ("def f(x):\n    return 12345\n", "naïve — 日本 🙂  two", "<|im_start|>user"):
+    ids = ours.encode(text).tolist()
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+    assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+  chat = theirs.apply_chat_template([dict(role="user", content="Hi")], tokenize=False)
+  assert chat.startswith("<|im_start|>system") and "<|im_start|>user\nHi<|im_end|>" in chat
+  assert theirs.model_max_length == 8192
+  again = presets.pretrained(str(tmp_path / "out"))
+  assert again.model.to_dict() == c.model.to_dict()
+  assert again.rope.to_dict() == c.rope.to_dict()

@@ -195,3 +195,16 @@ def test_nonsense_frequencies_are_refused():
   with pytest.raises(ValueError, match="mine.*finite"):
     BASE.apply("mine", np.full(64, np.nan))
   assert dataclasses.replace(BASE).head_dim == 128
+
+
+def test_partial_rotation_takes_angles_with_or_without_a_batch():
+  """Also where there are as many sequences as tokens, which must not be mixed up."""
+  r = rope.base(head_dim=16, theta=1e4, original_context=64, partial_rotary_factor=0.5)
+  x = jax.random.normal(jax.random.key(0), (5, 5, 3, 16))
+  cos, sin = rope.cos_sin(r, jnp.arange(5))
+  batched = rope.cos_sin(r, jnp.broadcast_to(jnp.arange(5), (5, 5)))
+  whole = rope.rotate(x[..., :8], cos, sin)
+  for angles in ((cos, sin), batched):
+    out = rope.rotate(x, *angles)
+    np.testing.assert_array_equal(out[..., :8], whole)
+    np.testing.assert_array_equal(out[..., 8:], x[..., 8:])
