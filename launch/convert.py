@@ -31,7 +31,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run to export.")
 OUT = flags.DEFINE_string("out", "", "Directory to make.")
 FORMAT = flags.DEFINE_enum("format", "hf", ["hf", "peft"], "A whole model, or LoRA alone.")
 DTYPE = flags.DEFINE_enum(
-  "dtype", "", ["", "float32", "bfloat16"], "Of the weights; as in the run if not given."
+  "dtype", "", ["", "float32", "bfloat16"], "Of the weights; as in the run or file if not given."
 )
 STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
 FREEZE = flags.DEFINE_bool(
@@ -51,7 +51,11 @@ def main(argv):
   command, *rest = argv[1:] or [""]
   if command not in COMMANDS:
     cli.fail(f"{command or 'nothing'!s}: expected one of {', '.join(COMMANDS)}; see --help")
-  COMMANDS[command](rest)
+  function, used = COMMANDS[command]
+  given = [n for n in OWN_FLAGS if flags.FLAGS[n].present and n not in used]
+  if given:
+    cli.fail(f"--{given[0]}: {command} does not use it")
+  function(rest)
 
 
 def show(arguments):
@@ -96,8 +100,12 @@ def verify(arguments):
 
 def import_(arguments):
   from rope_jax import presets
+  from rope_jax.weights.source import open_source
 
-  _write(_of_checkpoint(presets.pretrained, _one(arguments, "import")), "")
+  path = _one(arguments, "import")
+  c = _of_checkpoint(presets.pretrained, path)
+  c.model.param_dtype = open_source(path).dtype
+  _write(c, "")
 
 
 def _one(arguments, command) -> str:
@@ -139,7 +147,14 @@ def _write(c, workdir: str):
     print("  " + "  ".join(sorted(made["files"])))
 
 
-COMMANDS = {"show": show, "export": export, "verify": verify, "import": import_}
+_WRITING = ("out", "dtype", "base_model", "shard_gb", "tokenizer")
+COMMANDS = {
+  "show": (show, ("json",)),
+  "export": (export, ("config", "workdir", "format", "step", "freeze", *_WRITING)),
+  "verify": (verify, ("tokens", "text")),
+  "import": (import_, _WRITING),
+}
+OWN_FLAGS = {name for _, used in COMMANDS.values() for name in used}
 
 if __name__ == "__main__":
   cli.start(main)

@@ -301,7 +301,7 @@ def write(c: ConfigDict, workdir: str, **facts) -> None:
 
 def holds_run(workdir: str) -> bool:
   """Whether a run has claimed a workdir."""
-  return os.path.exists(os.path.join(workdir, RUN_FILE))
+  return bool(workdir) and os.path.exists(os.path.join(workdir, RUN_FILE))
 
 
 def check_workdir(c: ConfigDict, workdir: str, *, free: tuple[str, ...] = (), **facts) -> None:

@@ -36,6 +36,8 @@ def pretrained(path: str, *, extend: bool = False) -> ConfigDict:
   c.rope.original_context = own.original_context
   for name, options in own.history:
     c.rope.scaling = name
+    if name == "dynamic_ntk":  # its maximum is what it extends
+      c.rope.context = round(options["factor"] * own.original_context)
     for key, value in options.items():
       if key == "factor":
         c.rope.factor = float(value)

@@ -93,9 +93,19 @@ def _own_rope(c: ConfigDict, plain: rope_lib.Rope) -> rope_lib.Rope:
       own = open_source(path).rope
     except ValueError as error:
       raise ValueError(f"config.init_from={c.init_from!r}: {error}") from error
-  dependent = [name for name, options in own.history if "seq_len" in options]
-  check(not dependent, "rope.base", c.rope.base,
-        f"'plain': {c.init_from} depends on the length, by {dependent}")  # fmt: skip
+  names = [name for name, _ in own.history]
+  if names == ["longrope"] and rope_lib.depends_on_length(own):
+    # It goes on from its factors for long texts, which are those of the context that it reaches.
+    options = dict(own.history[0][1], seq_len=own.context)
+    plain_own = dataclasses.replace(plain, original_context=own.original_context)
+    own = dataclasses.replace(rope_lib.longrope(plain_own, **options), context=own.context)
+  else:
+    check(not rope_lib.depends_on_length(own), "rope.base", c.rope.base,
+          f"'plain', and the method of {c.init_from}, {names}, as rope.scaling: frequencies that "
+          "depend on the length have no other method over them")  # fmt: skip
+  if names == ["pi"] and c.rope.original_context == own.original_context:
+    # 'linear' does not say whether its maximum is before or after: both are taken.
+    own = dataclasses.replace(own, context=own.original_context)
   for key, ours, theirs in (
     ("theta", c.rope.theta, own.theta),
     ("original_context", c.rope.original_context, own.context),

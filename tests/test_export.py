@@ -13,7 +13,7 @@ from test_weights import hf_logits
 
 from rope_jax import config, export, presets, resolve
 from rope_jax.data import tokenizer
-from rope_jax.export import files
+from rope_jax.export import files, origin
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama, unembedding
 from rope_jax.train import loop, sharding, state
@@ -161,7 +161,9 @@ def exported(tmp_path_factory):
 def test_provenance_holds_the_rope_the_config_and_the_results(exported):
   c, path, made = exported
   facts = json.loads((path / "out" / export.PROVENANCE).read_text())
-  assert facts["config"] == json.loads(json.dumps(c.to_dict()))
+  given = json.loads(json.dumps(c.to_dict()))
+  given["data"]["source"] = "text"  # of the paths of a machine, only the ends are published
+  assert facts["config"] == given
   assert facts["rope"] == json.loads(json.dumps(resolve.describe(c)))
   assert facts["results"] == json.loads((path / "run" / "results.json").read_text())
   run_file = json.loads((path / "run" / "run.json").read_text())
@@ -173,12 +175,22 @@ def test_the_base_of_a_run_that_starts_from_a_run_is_named(exported, tmp_path):
   c, path, _ = exported
   later = c.copy_and_resolve_references()
   later.init_from = "run:run"
-  assert export._base_name(later, str(path / "later")) == ""
+  assert origin.of(later, str(path / "later")) == origin.Origin()
   hf_model("llama").save_pretrained(tmp_path / "Base-1B")
   first = presets.pretrained(str(tmp_path / "Base-1B"))
   config.write(first, str(tmp_path / "first"))
   later.init_from = str(tmp_path / "first")
-  assert export._base_name(later, "") == "Base-1B"
+  found = origin.of(later, "")
+  assert (found.name, found.retrained) == ("Base-1B", "")
+  assert found.hf["model_type"] == "llama"
+  export.check(later, found, "peft")
+  first.train.steps = 3  # of all parameters
+  config.write(first, str(tmp_path / "first"))
+  with pytest.raises(ValueError, match="config.init_from.*first' trained it"):
+    export.check(later, origin.of(later, ""), "peft")
+  with pytest.raises(ValueError, match="config.init_from='run:run'.*it is random"):
+    later.init_from = "run:run"
+    export.check(later, origin.of(later, str(path / "later")), "peft")
 
 
 def test_the_model_card_states_what_was_done(exported):
@@ -186,7 +198,7 @@ def test_the_model_card_states_what_was_done(exported):
   card = (path / "out" / "README.md").read_text()
   results = json.loads((path / "run" / "results.json").read_text())["perplexity"]
   for text in ('base_model: "org/name"', "| method | yarn |", "| steps | 4 |", "| seed | 0 |",
-               "rank 4", c.data.source, f"{results['64']['ppl']:.3f}",
+               "rank 4", "| data | text (text ", f"{results['64']['ppl']:.3f}",
                f"{results['128']['ppl']:.3f}"):  # fmt: skip
     assert text in card, text
 
@@ -218,7 +230,7 @@ def test_files_of_the_tokenizer_of_the_base_come_along(tmp_path, exported):
   c.tokenizer, c.lora.rank, c.train.trainable = str(tmp_path / "base"), 0, "all"
   text, out = tokenizer.load("", str(tmp_path / "base")), tmp_path / "out"
   _, variables = extended(tmp_path / "other", "llama")
-  export.write(c, variables, str(out), text=text, init_path=str(tmp_path / "base"))
+  export.write(c, variables, str(out), text=text)
   assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
   assert (out / "tokenizer.json").read_text() == tokenizer_file
   assert not (out / "evil.py").exists()
@@ -252,6 +264,8 @@ def test_an_export_overwrites_nothing(exported):
   [
     (dict(lora__rank=0, train__trainable="all"), dict(format="peft"), "config.lora.rank=0"),
     (dict(rope__phase="psc"), dict(format="peft"), "config.rope.phase='psc'"),
+    ({}, dict(format="peft"), "config.init_from=''.*it is random"),
+    ({}, dict(step=3), "--step=3: there is no trained run"),
     (dict(train__trainable="all"), dict(format="peft"), "config.train.trainable='all'"),
     (dict(rope__scaling="hope", lora__rank=0), dict(format="zip"), "--format=zip"),
     (dict(rope__scaling="fope"), {}, "mixes frequencies"),
@@ -284,3 +298,67 @@ def test_tensors_are_written_as_the_library_reads_them(tmp_path):
     assert set(found) == set(cast)
     for k, x in cast.items():
       np.testing.assert_array_equal(found[k], x)
+
+
+def test_a_widened_window_is_not_lost_to_peft(tmp_path):
+  c, variables = extended(tmp_path / "base", "mistral", model__window=48)
+  export.write(c, variables, str(tmp_path / "out"), format="peft")
+  assert json.loads((tmp_path / "out" / "rope.json").read_text())["sliding_window"] == 48
+
+
+def test_results_of_another_context_are_not_claimed(exported, tmp_path):
+  c, path, _ = exported
+  longer = c.copy_and_resolve_references()
+  longer.rope.context = 512
+  export.export(longer, str(path / "run"), str(tmp_path / "out"))
+  facts = json.loads((tmp_path / "out" / export.PROVENANCE).read_text())
+  assert facts["results"] == {} and facts["rope"]["context"] == 512
+  assert "None recorded." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_nothing_is_taken_from_the_working_directory(tmp_path, monkeypatch):
+  """Where there is no workdir, a run.json or results.json that happens to be there is not ours."""
+  c, variables = extended(tmp_path / "base", "llama")
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "results.json").write_text('{"perplexity": {"64": {"metric": "ppl", "ppl": 1.01}}}')
+  (tmp_path / "run.json").write_text("{}")
+  export.write(c, variables, "out")
+  assert "1.01" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_rope_that_changes_is_exported_where_the_cache_is_made_again(tmp_path):
+  """Cached generation across the switch of LongRoPE is that of the whole sequence."""
+  import torch
+
+  c, variables = extended(tmp_path / "base", "phi3", model__window=50)
+  export.write(c, variables, str(tmp_path / "out"))
+  model = transformers_model(tmp_path / "out")
+  assert model.config.model_type == "phi3"
+  prompt = torch.tensor(TOKENS[:, :12], dtype=torch.long)  # the switch is after 16
+  options = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+  cached, uncached = (model.generate(prompt[:1], use_cache=x, **options) for x in (True, False))
+  assert torch.equal(cached, uncached)
+  export.write(c, variables, str(tmp_path / "frozen"), freeze=True)
+  frozen = json.loads((tmp_path / "frozen" / "config.json").read_text())
+  assert frozen["model_type"] == "mistral"
+  assert frozen["rope_parameters"]["short_factor"] == frozen["rope_parameters"]["long_factor"]
+
+
+def test_code_beside_the_modelling_file_is_not_run(tmp_path):
+  from rope_jax.export import verify
+
+  c, variables = extended(tmp_path / "base", "llama", rope__phase="psc")
+  text = tokenizer.load("byte")
+  c.tokenizer = "byte"
+  export.write(c, variables, str(tmp_path / "out"), text=text)
+  file = tmp_path / "out" / "config.json"
+  hf = json.loads(file.read_text())
+  (tmp_path / "out" / "evil.py").write_text("raise SystemExit('executed')")
+  file.write_text(json.dumps(hf | dict(auto_map=hf["auto_map"] | dict(AutoModel="evil.M"))))
+  with pytest.raises(ValueError, match="it is not run"):
+    verify.verify(str(tmp_path / "out"), 20)
+  file.write_text(json.dumps(hf))
+  with open(tmp_path / "out" / export.MODELLING, "a") as f:
+    f.write("raise SystemExit('executed')")
+  with pytest.raises(ValueError, match="it is not run"):
+    verify.verify(str(tmp_path / "out"), 20)

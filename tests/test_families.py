@@ -12,7 +12,7 @@ from rope_jax import config, export, presets, resolve
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama, unembedding
 from rope_jax.train import state
-from rope_jax.weights import families
+from rope_jax.weights import families, names
 from rope_jax.weights.source import open_source
 
 PLAIN = dict(rope_type="default", rope_theta=5000.0)
@@ -150,14 +150,62 @@ def test_every_rope_of_a_checkpoint_is_extended_further(name, tmp_path):
   hf_model(name).save_pretrained(tmp_path)
   c = presets.pretrained(str(tmp_path), extend=True)
   own = open_source(str(tmp_path)).rope
-  dependent = any("seq_len" in options for _, options in own.history)
-  c.rope.context, c.rope.scaling = 4 * c.rope.context, "yarn"
-  if dependent:
-    with pytest.raises(ValueError, match="config.rope.base.*depends on the length"):
-      resolve.rope(c)
-    return
-  assert resolve.rope(c).context == 4 * own.context
+  c.rope.context, c.rope.scaling = 4 * c.rope.context, "pi"
+  at_its_context = hf_inv_freq(name, own.context)
+  np.testing.assert_allclose(resolve.rope(c).inv_freq, at_its_context / 4, rtol=1e-6)
   assert (c.rope.base == "checkpoint") == bool(own.history)
+
+
+def hf_inv_freq(name, length):
+  """Of transformers, for a sequence of so many tokens."""
+  import torch
+
+  rotary = hf_model(name).model.rotary_emb
+  rotary(torch.zeros(1), torch.arange(length)[None])
+  return rotary.inv_freq.numpy()
+
+
+@pytest.mark.parametrize(
+  "parameters, maximum, context",
+  [
+    # Llama 3.2: the factor is of frequencies, not of the length.
+    (LLAMA3 | dict(factor=32.0), 256, 256),
+    (dict(PLAIN, rope_type="linear", factor=4.0), 64, 256),
+    (dict(PLAIN, rope_type="yarn", factor=4.0, original_max_position_embeddings=16), 64, 64),
+    (dict(PLAIN, rope_type="dynamic", factor=4.0), 64, 256),
+  ],
+)
+def test_the_context_of_a_checkpoint_is_what_it_reaches(tmp_path, parameters, maximum, context):
+  options = dict(rope_parameters=parameters, max_position_embeddings=maximum)
+  hf_model("llama", **options).save_pretrained(tmp_path / "base")
+  c = presets.pretrained(str(tmp_path / "base"))
+  assert c.rope.context == context
+  export.export(c, "", str(tmp_path / "out"), with_tokenizer=False)
+  written = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert written["max_position_embeddings"] == maximum
+  again = presets.pretrained(str(tmp_path / "out"))
+  assert again.rope.to_dict() == c.rope.to_dict()
+
+
+def test_the_maximum_of_a_linear_rope_may_be_before_or_after_it(tmp_path):
+  linear = dict(PLAIN, rope_type="linear", factor=4.0)
+  hf_model("llama", rope_parameters=linear).save_pretrained(tmp_path)
+  c = presets.pretrained(str(tmp_path), extend=True)
+  for original in (256, 64):
+    c.rope.update(original_context=original, context=2 * original, scaling="pi")
+    expected = hf_model("llama").model.rotary_emb.inv_freq.numpy() / 8
+    np.testing.assert_allclose(resolve.rope(c).inv_freq, expected, rtol=1e-6)
+  c.rope.update(original_context=128, context=256)
+  with pytest.raises(ValueError, match="config.rope.original_context=128"):
+    resolve.rope(c)
+
+
+def test_a_box_is_a_part_or_none():
+  """Only the first of several axes that are one there may be cut."""
+  whole, half = slice(0, 4), slice(0, 2)
+  assert names.box("layers/attention/q", (half, half, whole), (4, 4, 4)) == (
+    slice(0, 8), slice(0, 2))  # fmt: skip
+  assert names.box("layers/attention/q", (whole, whole, half), (4, 4, 4)) is None
 
 
 @pytest.mark.parametrize(
@@ -183,6 +231,28 @@ def test_a_window_in_some_layers_only_is_refused(tmp_path):
   file.write_text(json.dumps(hf))
   with pytest.raises(ValueError, match="some layers only"):
     open_source(str(tmp_path))
+
+
+def test_a_window_that_is_not_used_is_none(tmp_path):
+  hf_model("qwen2").save_pretrained(tmp_path)
+  file = tmp_path / "config.json"
+  hf = json.loads(file.read_text()) | dict(use_sliding_window=False, sliding_window=8)
+  file.write_text(json.dumps(hf | dict(layer_types=None)))
+  assert open_source(str(tmp_path)).hyperparameters["window"] == 0
+  hf_model("mistral").save_pretrained(tmp_path / "m")
+  file = tmp_path / "m" / "config.json"
+  mixed = dict(layer_types=["full_attention", "sliding_attention"])
+  file.write_text(json.dumps(json.loads(file.read_text()) | mixed))
+  with pytest.raises(ValueError, match="some layers only"):
+    open_source(str(tmp_path / "m"))
+
+
+def test_heads_that_are_null_are_as_many_as_queries(tmp_path):
+  hf_model("mistral", num_key_value_heads=4).save_pretrained(tmp_path)
+  file = tmp_path / "config.json"
+  hf = json.loads(file.read_text()) | dict(num_key_value_heads=None)
+  file.write_text(json.dumps(hf))
+  assert open_source(str(tmp_path)).hyperparameters["num_kv_heads"] == 4
 
 
 def test_a_window_may_be_widened_but_not_lost(tmp_path):

@@ -13,6 +13,7 @@ from test_families import hf_model
 
 from rope_jax import config, presets, resolve
 from rope_jax.train import state
+from rope_jax.weights import families
 from rope_jax.weights.source import open_source
 
 
@@ -123,6 +124,19 @@ DAMAGE = {
   "a size is huge": (lambda p: edit_json(p / "config.json", vocab_size=10**30), "vocab_size=1000"),
   "a rope is unknown": (
     lambda p: edit_json(p / "config.json", rope_parameters=dict(rope_type="spiral")), "spiral"),
+  "there are more layers than anyone has": (
+    lambda p: edit_json(p / "config.json", num_hidden_layers=2**30), "num_hidden_layers"),
+  "a length is huge": (
+    lambda p: edit_json(p / "config.json", max_position_embeddings=10**400), "max_position"),
+  "there are a whole and an index": (
+    lambda p: shard(p).rename(p / "model.safetensors"), "do not agree"),
+  "the config is a link to elsewhere": (
+    lambda p: ((p / "config.json").rename(p.parent / "x.json"),
+               (p / "config.json").symlink_to(p.parent / "x.json")), "link to a file outside"),
+  "a shard is a link to elsewhere": (
+    lambda p: (shard(p).rename(p.parent / "x.safetensors"),
+               (p / "model-00001-of-00003.safetensors").symlink_to(p.parent / "x.safetensors")),
+    "link to a file outside"),
   "the weights are quantised": (
     lambda p: edit_json(p / "config.json", quantization_config=dict(bits=4)),
     "quantization_config"),
@@ -213,10 +227,18 @@ def test_a_config_of_random_values_is_an_error(good, tmp_path):
   path, _ = good
   hf = json.loads((path / "config.json").read_text())
   shutil.copytree(path, tmp_path / "copy")
-  values = [None, True, -1, 0, 3, 2**40, 1e-3, float("inf"), "", "x", [], [1], {}, {"a": 1}]
+  values = [None, True, -1, 0, 3, 2**40, 10**400, 1e-3, 1e308, float("inf"), "", "x", [], [1], [[]],
+            {}, {"a": 1}]  # fmt: skip
   rng = np.random.default_rng(0)
-  for _ in range(400):
-    changed = {str(rng.choice(list(hf))): values[rng.integers(len(values))] for _ in range(2)}
+  keys = [*hf, "use_sliding_window", "max_window_layers", "layer_types", "sliding_window"]
+  keys += ["partial_rotary_factor", "original_max_position_embeddings", "rope_theta"]
+  ropes = [dict(rope_type=t, factor=2.0) for t in ("linear", "dynamic", "yarn")] + [None]
+  for i in range(600):
+    hf["model_type"] = families.FAMILIES[i % len(families.FAMILIES)]
+    changed = {str(rng.choice(keys)): values[rng.integers(len(values))] for _ in range(2)}
+    if rope := ropes[i % len(ropes)]:
+      key = ("rope_type", "factor", "rope_theta", "partial_rotary_factor")[rng.integers(4)]
+      changed["rope_parameters"] = rope | {key: values[rng.integers(len(values))]}
     (tmp_path / "copy" / "config.json").write_text(json.dumps(hf | changed))
     try:
       c = presets.pretrained(str(tmp_path / "copy"))

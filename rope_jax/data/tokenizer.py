@@ -96,11 +96,16 @@ def _from_json(path: str) -> Tokenizer:
   special = {}
   config_file = os.path.join(directory, "tokenizer_config.json")
   if os.path.exists(config_file):
-    with open(config_file) as f:
-      config = json.load(f)
+    try:
+      with open(config_file, encoding="utf-8") as f:
+        config = dict(json.load(f))
+    except (OSError, TypeError, ValueError) as error:
+      raise ValueError(f"{config_file} cannot be read: {error}") from None
     for key in ("bos_token", "eos_token"):
       token = config.get(key)
       token = token.get("content") if isinstance(token, dict) else token
+      if not isinstance(token, str | None):
+        raise ValueError(f"{config_file}: {key}={token!r}: expected a token")
       special[key] = tokenizer.token_to_id(token) if token else None
   # What the post-processor does to an empty text says whether it adds BOS.
   added = tokenizer.encode("").ids

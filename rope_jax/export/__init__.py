@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -15,15 +16,13 @@ import rope_jax
 from rope_jax import config as config_lib
 from rope_jax import resolve
 from rope_jax import results as results_lib
-from rope_jax import rope as rope_lib
-from rope_jax.export import card, files, peft, tensors, tokenizer
-from rope_jax.train import loop, multihost, state
-from rope_jax.weights import families, huggingface, locate
+from rope_jax.export import card, files, hf_config, peft, tensors, tokenizer
+from rope_jax.export import origin as origin_lib
+from rope_jax.export.hf_config import MODELLING
+from rope_jax.train import loop, multihost
 
 FORMATS = ("hf", "peft")
-DTYPES = ("", "float32", "bfloat16")
 PROVENANCE = "rope_jax.json"
-MODELLING = "modeling_rope_jax.py"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -64,8 +63,13 @@ def export(
   Raises:
     ValueError: before anything is written, if nothing of this format is the same model.
   """
-  check(c, out, format, freeze=freeze, base_type=base_type(c, workdir))
-  facts = _facts(c, workdir, step, base_model)
+  if multihost.is_main() and os.path.lexists(out):
+    raise ValueError(f"--out={out} exists already; choose another, or move it away")
+  if step is not None and not (c.train.steps and config_lib.holds_run(workdir)):
+    raise ValueError(f"--step={step}: there is no trained run in --workdir={workdir!r}")
+  origin = origin_lib.of(c, workdir)
+  check(c, origin, format, freeze=freeze)
+  facts = _facts(c, workdir, step, base_model or origin.name)
   text = loop.load_tokenizer(c, workdir) if with_tokenizer and format == "hf" else None
   with loop.opened(c, workdir, 1, step=step) as (variables, _):
     return write(
@@ -73,7 +77,7 @@ def export(
       variables,
       out,
       text=text,
-      init_path=state.init_path(c, workdir),
+      origin=origin,
       facts=facts,
       format=format,
       dtype=dtype,
@@ -82,7 +86,7 @@ def export(
     )
 
 
-def check(c, out: str, format: str = "hf", *, freeze: bool = False, base_type: str = "") -> dict:
+def check(c, origin: origin_lib.Origin, format: str = "hf", *, freeze: bool = False) -> dict:
   """Refuses what cannot be exported, before any weight is read; config.json without ids of tokens.
 
   Raises:
@@ -90,11 +94,9 @@ def check(c, out: str, format: str = "hf", *, freeze: bool = False, base_type: s
   """
   if format not in FORMATS:
     raise ValueError(f"--format={format}: expected one of {FORMATS}")
-  if os.path.lexists(out):
-    raise ValueError(f"--out={out} exists already; choose another, or move it away")
   if format == "peft":
-    peft.check(c, base_type)
-  return _config(c, format, freeze)
+    peft.check(c, origin)
+  return hf_config.model(c, phase=format == "hf", freeze=freeze)
 
 
 def write(
@@ -103,7 +105,7 @@ def write(
   out: str,
   *,
   text=None,
-  init_path: str = "",
+  origin: origin_lib.Origin | None = None,
   facts: dict | None = None,
   format: str = "hf",
   dtype: str = "",
@@ -117,18 +119,19 @@ def write(
     variables: by collection, on one device or over the mesh that is set.
     out, format, dtype, freeze, shard_bytes: as for `export`.
     text: the tokenizer of the config, `loop.load_tokenizer`; None writes none.
-    init_path: where the base model came from, for its tokenizer and special tokens.
+    origin: where the base model came from; that of config.init_from if None.
     facts: of the run, for the card.
   """
-  hf = check(c, out, format, freeze=freeze)
+  origin = origin_lib.of(c, "") if origin is None else origin
+  hf = check(c, origin, format, freeze=freeze)
   dtype = dtype or ("float32" if format == "peft" else c.model.param_dtype)
-  facts = _facts(c, "", None, "") if facts is None else facts
-  facts = facts | dict(format=format, dtype=dtype)
+  facts = _facts(c, "", None, origin.name) if facts is None else facts
+  facts = _plain(facts | dict(format=format, dtype=dtype))
   if format == "peft":
     weights = {peft.NAME: tensors.adapters(variables["lora"], dtype)}
     shard_bytes = sys.maxsize  # PEFT reads one file
   else:
-    scale, fused = c.lora.alpha / max(c.lora.rank, 1), hf_type(hf) == "phi3"
+    scale, fused = c.lora.alpha / max(c.lora.rank, 1), hf_config.family(hf) == "phi3"
     weights = dict(model=tensors.merged(variables, scale, dtype, fused=fused))
     if c.rope.phase != "none":
       weights["psc"] = tensors.phase(variables["phase"], c.model.num_layers)
@@ -136,178 +139,78 @@ def write(
   with files.new_directory(out, writes=multihost.is_main()) as directory, _bar(total) as bar:
     written = files.write_shards(directory, weights, shard_bytes, bar.update)
     if directory:
-      written += _write_rest(directory, c, init_path, hf, facts, text)
+      written += _write_rest(directory, c, origin, hf, facts, text)
   multihost.wait("exported")
   return dict(out=out, files=written, bytes=total, facts=facts)
 
 
-def hf_type(hf: dict) -> str:
-  """The architecture of a config.json of ours."""
-  return hf.get("base_model_type", hf["model_type"])
-
-
-def base_type(c, workdir: str) -> str:
-  """The architecture of config.init_from, where it is a Hugging Face directory; else ''."""
-  kind, path = locate(state.init_path(c, workdir)) if c.init_from else ("", "")
-  if kind != "hf":
-    return ""
-  with open(os.path.join(path, "config.json")) as f:
-    return json.load(f).get("model_type", "")
-
-
-def _config(c, format: str, freeze: bool) -> dict:
-  rope = resolve.rope(c)
-  if c.rope.scaling == "clex" or (format == "hf" and c.rope.phase not in resolve.PHASES):
-    raise ValueError(f"config.rope.scaling={c.rope.scaling!r}: no library has what it learned")
-  try:
-    out = families.write(c.model, rope.rotary_dim)
-    only = ("default", "longrope") if out["model_type"] == "phi3" else None
-    out |= rope_lib.to_hf(rope, freeze=freeze, only=only)
-  except ValueError as error:
-    raise ValueError(f"config.rope: {error}" if "config." not in str(error) else error) from None
-  # The same under the keys of earlier readers, which would else run a plain rope without a word.
-  parameters = out["rope_parameters"]
-  out["rope_theta"] = parameters["rope_theta"]
-  out["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
-  if out["model_type"] == "phi3":
-    out["original_max_position_embeddings"] = rope.original_context
-  if c.rope.phase != "none" and format == "hf":
-    name = out["architectures"][0].removesuffix("ForCausalLM")
-    module = MODELLING.removesuffix(".py")
-    out["base_model_type"], out["model_type"] = out["model_type"], huggingface.MODEL_TYPE
-    out["architectures"] = [f"RopeJax{name}ForCausalLM"]
-    kinds = dict(AutoConfig="Config", AutoModel="Model", AutoModelForCausalLM="ForCausalLM")
-    out["auto_map"] = {auto: f"{module}.RopeJax{name}{kind}" for auto, kind in kinds.items()}
-    out["phase"] = huggingface.phase(c.rope)
-  return out
-
-
-def _facts(c, workdir: str, step: int | None, base_model: str) -> dict:
+def _facts(c, workdir: str, step: int | None, base: str) -> dict:
   """What is known of how the model came to be."""
   run = results_lib.facts(workdir) if config_lib.holds_run(workdir) else {}
   known = {k: v for k, v in run.get("run", {}).items() if k not in ("config", "rope_jax")}
-  path, results = os.path.join(workdir, results_lib.RESULTS_FILE), {}
   trained = bool(run) and c.train.steps > 0
   newest = run.get("step", 0) if trained else 0
-  if os.path.exists(path) and step in (None, newest):  # of another step they are not known
-    with open(path) as f:
-      results = json.load(f)
   return dict(
     rope_jax=rope_jax.__version__,
-    base=base_model or _base_name(c, workdir),
+    base=base,
     step=(newest if step is None else step) if trained else 0,
     rope=resolve.describe(c),
     config=c.to_dict(),
     **known,
-    results=results,
+    results=_results(c, workdir) if step in (None, newest) else {},
   )
 
 
-def _base_name(c, workdir: str) -> str:
-  """What the weights of a run come from in the end; '' if they were random."""
-  if not c.init_from:
-    return ""
-  kind, path = locate(state.init_path(c, workdir))
-  if kind == "run":
-    return _base_name(config_lib.read(path), path)
-  return os.path.basename(c.init_from.rstrip(os.sep))
+def _results(c, workdir: str) -> dict:
+  """The evaluations of a run, if they are of the model that is exported."""
+  path = os.path.join(workdir, results_lib.RESULTS_FILE)
+  if not config_lib.holds_run(workdir) or not os.path.exists(path):
+    return {}
+  evaluated = config_lib.read(workdir).rope
+  if (evaluated.context, evaluated.factor) != (c.rope.context, c.rope.factor):
+    return {}  # those two may differ from the run's: nothing is known of this rope
+  with open(path) as f:
+    return json.load(f)
 
 
-def _write_rest(directory: str, c, init_path: str, hf: dict, facts: dict, text) -> list[str]:
+def _plain(value):
+  """JSON that may be published: no NaN, no tuples, of the paths of this machine only their ends."""
+  if isinstance(value, dict):
+    return {k: _plain(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(v) for v in value]
+  if isinstance(value, str) and value.startswith((os.sep, "~")):
+    return ",".join(os.path.basename(x.rstrip(os.sep)) for x in value.split(","))
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_rest(directory: str, c, origin, hf: dict, facts: dict, text) -> list[str]:
   written = [PROVENANCE, "README.md"]
-  facts = json.loads(json.dumps(facts))  # tuples as JSON has them
   if facts["format"] == "peft":
     files.write_json(os.path.join(directory, "adapter_config.json"), peft.config(c, facts["base"]))
-    kept = ("rope_parameters", "max_position_embeddings")
-    files.write_json(os.path.join(directory, peft.ROPE), {k: hf[k] for k in kept})
+    files.write_json(os.path.join(directory, peft.ROPE), peft.base_settings(hf))
     written += ["adapter_config.json", peft.ROPE]
-    load, name = peft.load_snippet(facts["base"]), f"{facts['base'] or 'model'}-lora"
+    load = peft.load_snippet(facts["base"])
   else:
     found, ids = [], {}
     if text is not None:
-      found, ids = tokenizer.write(directory, c.tokenizer, init_path, facts["rope"]["context"])
+      found, ids = tokenizer.write(directory, c.tokenizer, origin.path, facts["rope"]["context"])
+      ids = dict(bos_token_id=text.bos_id, eos_token_id=text.eos_id) | ids
     if "phase" in hf:
       modelling = resources.files("rope_jax.export") / MODELLING
       with resources.as_file(modelling) as path:
         shutil.copyfile(path, os.path.join(directory, MODELLING))
       written.append(MODELLING)
-    hf = hf | _special(init_path, text, ids) | dict(dtype=facts["dtype"])
-    files.write_json(os.path.join(directory, "config.json"), hf)
-    files.write_json(
-      os.path.join(directory, "generation_config.json"), _generation(c, init_path, hf)
-    )
+    hf = hf | hf_config.special_tokens(origin.hf, ids) | dict(dtype=facts["dtype"])
+    generation = hf_config.generation(origin.generation, hf, c.rope.context)
+    for name, value in (("config.json", hf), ("generation_config.json", generation)):
+      files.write_json(os.path.join(directory, name), value)
     written += [*found, "config.json", "generation_config.json"]
-    load, name = _load_snippet("phase" in hf, bool(found)), facts["base"] or "model"
-    name += f" at {facts['rope']['context']:,} tokens"
+    load = hf_config.load_snippet(has_phase="phase" in hf, has_tokenizer=bool(found))
   files.write_json(os.path.join(directory, PROVENANCE), facts)
   with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as f:
-    f.write(card.card(facts, name=name, load=load, notes=_notes(c, hf, facts["format"])))
+    f.write(card.card(facts, hf, load))
   return written
-
-
-def _special(init_path: str, text, ids: dict) -> dict:
-  """Ids of special tokens: the base model's own, which may be several, or the tokenizer's."""
-  own = _base_json(init_path, "config.json")
-  out = {k: own[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in own}
-  if out:
-    return out
-  out = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-  return (
-    out | dict(bos_token_id=text.bos_id, eos_token_id=text.eos_id) | ids
-    if text is not None
-    else out
-  )
-
-
-def _generation(c, init_path: str, hf: dict) -> dict:
-  own = _base_json(init_path, "generation_config.json")
-  if "max_length" in own:  # of the base model's window
-    own["max_length"] = max(own["max_length"], c.rope.context)
-  special = {k: hf[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in hf}
-  return own or {"_from_model_config": True, **special}
-
-
-def _base_json(init_path: str, file: str) -> dict:
-  """A JSON object of the base model, where that is a Hugging Face directory that has it."""
-  kind, path = locate(init_path) if init_path else ("", "")
-  path = os.path.join(path, file)
-  if kind != "hf" or not os.path.isfile(path):
-    return {}
-  with open(path, encoding="utf-8") as f:
-    return json.load(f)
-
-
-def _load_snippet(has_phase: bool, has_tokenizer: bool) -> str:
-  code = ", trust_remote_code=True" if has_phase else ""
-  auto = "AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM"
-  lines = [
-    f"from transformers import {auto}",
-    "",
-    f'model = AutoModelForCausalLM.from_pretrained("DIR"{code})',
-  ]
-  return "\n".join(
-    [*lines, *(['tokenizer = AutoTokenizer.from_pretrained("DIR")'] * has_tokenizer)]
-  )
-
-
-def _notes(c, hf: dict, format: str) -> list[str]:
-  out, p = [], hf["rope_parameters"]
-  if format == "hf" and c.rope.phase != "none":
-    out.append(
-      "The learned phase (phase shift calibration) is not a part of any architecture of "
-      f"transformers: `{MODELLING}` here computes it. Without it this is another model."
-    )
-  if p.get("rope_type") == "longrope" and p.get("attention_factor", 1.0) != 1.0:
-    out.append(
-      "vLLM's longrope does not read `attention_factor`; serve it where it is read, as in "
-      "transformers."
-    )
-  if p.get("rope_type") == "dynamic" or p.get("short_factor") != p.get("long_factor"):
-    out.append("The frequencies depend on the length of the sequence, and servers differ in when "
-               "they change them.")  # fmt: skip
-  if c.train.steps and c.train.rope == "unscaled":
-    out.append("It was trained with the rope of the base model, and is scaled for use only.")
-  return out
 
 
 def _bar(total: int):

@@ -5,32 +5,60 @@ from __future__ import annotations
 import json
 
 from rope_jax import report
+from rope_jax.export.hf_config import MODELLING
 
 
-def card(facts: dict, *, name: str, load: str, notes: list[str]) -> str:
+def card(facts: dict, hf: dict, load: str) -> str:
   """README.md of an export, Markdown with the metadata that model hubs read.
 
   Args:
     facts: what rope_jax.json holds.
-    name: of the model.
+    hf: its config.json, or what that would be for an adapter.
     load: Python that loads it.
-    notes: what its user must know, a sentence or two each.
   """
-  c, rope, base = facts["config"], facts["rope"], facts["base"]
+  rope, base, step = facts["rope"], facts["base"], facts["step"]
+  name = f"{base or 'A model'} at {rope['context']:,} tokens"
+  name += ", LoRA adapter" * (facts["format"] == "peft")
+  what = base or ("A model trained from scratch" if step else "A model with random weights")
+  intro = f"{what}, for {rope['context']:,} tokens by rope_jax {facts['rope_jax']}."
+  intro += " The licence of the base model holds for it." if base else ""
+  notes = _notes(facts, hf)
   sections = [
     _metadata(base, facts["format"]),
     f"# {name}",
-    f"{base or 'A model trained from scratch'}, made ready for {rope['context']:,} tokens "
-    f"by rope_jax {facts['rope_jax']}. The licence of the base model holds for it.",
+    intro,
     f"## Use\n\n```python\n{load}\n```",
     *(["\n".join(f"- {note}" for note in notes)] if notes else []),
     "## Position encoding\n\n" + _table(_rope_rows(rope)),
-    "## Training\n\n" + _training(c, facts),
-    "## Evaluation\n\n" + _evaluation(facts.get("results") or {}),
-    "## Provenance\n\n`rope_jax.json` holds the resolved rope, the whole config of the run and "
-    "these results.",
+    "## Training\n\n" + _training(facts["config"], facts),
+    "## Evaluation\n\n" + _evaluation(facts["results"]),
+    "## Provenance\n\n`rope_jax.json` holds the resolved rope, the config of the run and these "
+    "results.",
   ]
   return "\n\n".join(sections) + "\n"
+
+
+def _notes(facts: dict, hf: dict) -> list[str]:
+  """What its user must know."""
+  out, p, t = [], hf["rope_parameters"], facts["config"]["train"]
+  if "phase" in hf:
+    out.append(
+      "The learned phase (phase shift calibration) is not a part of any architecture of "
+      f"transformers: `{MODELLING}` here computes it. Without it this is another model."
+    )
+  if p["rope_type"] == "longrope" and p.get("attention_factor", 1.0) != 1.0:
+    out.append(
+      "vLLM's longrope does not read `attention_factor`; serve it where it is read, as in "
+      "transformers."
+    )
+  if p["rope_type"] == "dynamic" or p.get("short_factor") != p.get("long_factor"):
+    out.append(
+      "The frequencies depend on the length of the text. Programs differ in when they change them, "
+      "and in whether they then compute the cache of keys again: of transformers, Phi-3 does."
+    )
+  if t["steps"] and t["rope"] == "unscaled":
+    out.append("It was trained with the rope of the base model, and is scaled for use only.")
+  return out
 
 
 def _metadata(base: str, format: str) -> str:
@@ -61,10 +89,11 @@ def _rope_rows(rope: dict) -> dict:
 def _training(c: dict, facts: dict) -> str:
   t, lora = c["train"], c["lora"]
   if not facts["step"]:
-    return "None: the weights are those of the base model."
+    return "None: the weights are those of the base model." if facts["base"] else "None."
   length = c["data"]["length"] or c["rope"]["context"]
   what = {"all": "all parameters", "adapters": "adapters; the base model is frozen"}
   rows = {
+    "starts from": c["init_from"],
     "steps": f"{facts['step']:,}" + f" of {t['steps']:,}" * (facts["step"] != t["steps"]),
     "seed": c["seed"],
     "data": c["data"]["source"] + f" (text {facts['text']})" * bool(facts.get("text")),

@@ -76,7 +76,10 @@ class Phase(nn.Module):
   def __init__(self, config, heads, head_dim):
     super().__init__()
     self.phase = config.phase
-    rotated = int(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+    rope = config.rope_parameters
+    share = rope.get("partial_rotary_factor") or 1.0
+    # 'proportional' lets pairs stand still; all of them are there.
+    rotated = head_dim if rope.get("rope_type") == "proportional" else int(head_dim * share)
     outputs = rotated // 2 if self.phase["kind"] == "psc_rotation" else head_dim
     heads = 1 if self.phase.get("share_heads") else heads
     self.up = nn.Parameter(torch.empty(heads, head_dim, head_dim))

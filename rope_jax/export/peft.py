@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from rope_jax.export.origin import Origin
+
 NAME = "adapter_model"  # of the file of weights
 ROPE = "rope.json"  # what the base model must be loaded with
+_SETTINGS = ("rope_parameters", "max_position_embeddings", "sliding_window", "use_sliding_window",
+             "max_window_layers", "layer_types")  # fmt: skip
 
 
-def check(c, base_type: str) -> None:
-  """Refuses runs of which LoRA is not all.
+def check(c, origin: Origin) -> None:
+  """Refuses runs that are not LoRA over a checkpoint that others have.
 
   Raises:
     ValueError: naming the key.
@@ -23,7 +27,13 @@ def check(c, base_type: str) -> None:
       f"config.train.trainable={c.train.trainable!r}: the base model was trained, too; "
       "--format=hf exports it"
     )
-  if base_type == "phi3":
+  if not origin.path or origin.retrained:
+    why = f"the run {origin.retrained!r} trained it" if origin.retrained else "it is random"
+    raise ValueError(
+      f"config.init_from={c.init_from!r}: PEFT could load no such base model, since {why}; "
+      "--format=hf exports it"
+    )
+  if origin.hf.get("model_type") == "phi3":
     raise ValueError(
       "config.lora.targets: Phi-3 has one matrix for q, k and v, which PEFT cannot adapt in parts; "
       "--format=hf merges them"
@@ -48,6 +58,11 @@ def config(c, base: str) -> dict:
     inference_mode=True,
     modules_to_save=None,
   )
+
+
+def base_settings(hf: dict) -> dict:
+  """What of a config.json the base model must be loaded with: rope and window."""
+  return {k: hf[k] for k in _SETTINGS if k in hf}
 
 
 def load_snippet(base: str) -> str:

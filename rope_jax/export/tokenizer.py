@@ -8,6 +8,7 @@ import shutil
 
 from rope_jax.export.files import write_json
 from rope_jax.weights import locate
+from rope_jax.weights.huggingface import inside
 
 # What may make up a tokenizer in a Hugging Face directory: text, and SentencePiece's protobuf.
 _FILES = (
@@ -56,12 +57,12 @@ def _copied(directory: str, path: str, context: int) -> tuple[list[str], dict]:
     shutil.copyfile(path, os.path.join(directory, _FILES[0]))
     files = [f for f in files if f != _FILES[0]] if os.path.basename(path) == _FILES[0] else []
   for file in files:
-    shutil.copyfile(os.path.join(source, file), os.path.join(directory, file))
+    shutil.copyfile(inside(source, file), os.path.join(directory, file))
   if not os.path.isdir(path):
     files.insert(0, _FILES[0])
   config = dict(tokenizer_class="PreTrainedTokenizerFast")
   if os.path.isfile(os.path.join(source, _CONFIG)):
-    with open(os.path.join(source, _CONFIG), encoding="utf-8") as f:
+    with open(inside(source, _CONFIG), encoding="utf-8") as f:
       config = json.load(f)
     config.pop("auto_map", None)  # code that is not here
   write_json(os.path.join(directory, _CONFIG), dict(config, model_max_length=context))

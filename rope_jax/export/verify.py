@@ -20,11 +20,13 @@ from rope_jax import presets
 from rope_jax import rope as rope_lib
 from rope_jax.data import tokenizer
 from rope_jax.data.text_builder import read_text
-from rope_jax.export import MODELLING, PROVENANCE
+from rope_jax.export import PROVENANCE
+from rope_jax.export.hf_config import MODELLING, auto_map
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
 from rope_jax.train import sharding, state
 from rope_jax.train.step import token_loss
+from rope_jax.weights import families
 
 CHUNK = 256  # tokens whose logits exist at a time
 
@@ -49,17 +51,24 @@ def verify(path: str, tokens: int, text: str = "", start: int = 0) -> dict:
     from transformers import AutoModelForCausalLM
   except ImportError as error:
     raise ValueError(f"verify needs PyTorch and transformers ({error.name} is missing)") from None
-  facts = _facts(path)
+  facts, trusted = _facts(path), _has_our_code(path)
+  r, original = facts["rope"], facts["rope"]["original_context"]
+  if "seq_len" in r and tokens != r["context"]:
+    fixed = all("long_factor" in options for _, options in r["history"])
+    if not fixed or tokens <= original:
+      raise ValueError(
+        f"--tokens={tokens}: the rope depends on the length, and what is known of it is for "
+        + (f"more than {original:,} tokens" if fixed else f"{r['context']:,} tokens")
+      )
   c = presets.pretrained(path)
   c.model.dtype = c.model.param_dtype = "float32"
   ids = tokenizer.load("", path).encode(read_text(text or presets.manual())[start:])[:tokens]
   if len(ids) < tokens:
-    raise ValueError(f"{text}: {len(ids):,} tokens, fewer than the {tokens:,} asked for")
+    raise ValueError(f"--text={text}: it has {len(ids):,} tokens, fewer than {tokens:,}")
   ours = _our_losses(c, _rope(facts), ids)
 
-  code = os.path.join(path, MODELLING)
   model = AutoModelForCausalLM.from_pretrained(
-    path, dtype=torch.float32, trust_remote_code=os.path.exists(code) and _is_ours(code)
+    path, dtype=torch.float32, trust_remote_code=trusted
   ).eval()
   with torch.no_grad():
     batch = torch.tensor(ids, dtype=torch.long)[None]
@@ -108,10 +117,18 @@ def _our_losses(c, rope, ids) -> np.ndarray:
   return np.asarray(losses[0], np.float64)
 
 
-def _is_ours(path: str) -> bool:
-  """Whether the modelling file is the one of this package: no other code is run."""
+def _has_our_code(path: str) -> bool:
+  """Whether the export comes with code, which must be the modelling file of this package alone."""
+  with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
+    hf = json.load(f)
+  wanted = hf.get("auto_map")
+  if not wanted and not os.path.exists(os.path.join(path, MODELLING)):
+    return False
   own = (resources.files("rope_jax.export") / MODELLING).read_bytes()
-  with open(path, "rb") as f:
-    if f.read(len(own) + 1) != own:
-      raise ValueError(f"{path} is not the modelling file of this version; it is not run")
+  if not os.path.isfile(os.path.join(path, MODELLING)):
+    raise ValueError(f"{path} has code that is not of this version of rope_jax; it is not run")
+  ours = [auto_map(name.removesuffix("ForCausalLM")) for name in families.CLASSES.values()]
+  with open(os.path.join(path, MODELLING), "rb") as f:
+    if f.read(len(own) + 1) != own or wanted not in ours:
+      raise ValueError(f"{path} has code that is not of this version of rope_jax; it is not run")
   return True

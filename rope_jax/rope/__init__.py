@@ -13,7 +13,7 @@ position (xPos), and is not here.
 """
 
 from rope_jax.rope.disturbance import angle_histogram, disturbance, dprope
-from rope_jax.rope.hf import from_hf, to_hf
+from rope_jax.rope.hf import depends_on_length, from_hf, to_hf
 from rope_jax.rope.learned import clex, clex_correct, clex_init, fope
 from rope_jax.rope.longrope import dynamic_longrope, longrope, longrope2
 from rope_jax.rope.methods import SCALINGS
@@ -56,6 +56,7 @@ __all__ = [
   "dynamic_yarn",
   "feature_gap",
   "fope",
+  "depends_on_length",
   "from_hf",
   "hope",
   "llama3",

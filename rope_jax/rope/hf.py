@@ -21,6 +21,7 @@ from rope_jax.rope.rotary import Rope, base
 # A frequency of zero as a factor that strict JSON can hold: the angle stays below 1e-20 rad.
 _STILL = 1e30
 
+_LARGEST = 2**31  # positions are int32
 _LENGTHS = {"original_max_position_embeddings"}
 _LISTS = ("short_factor", "long_factor")
 # Written by the YaRN repository; changes no frequency.
@@ -97,8 +98,10 @@ def from_hf(config: dict, seq_len: int | None = None, layer_type: str | None = N
   factor = parameters.get("factor")
   if factor is None:
     factor = maximum / original if kind in ("yarn", "longrope") else 1.0
-  if factor < 1:
-    raise ValueError(f"rope_parameters.factor={factor} must be at least 1")
+  if not 1 <= factor <= _LARGEST:
+    raise ValueError(f"rope_parameters.factor={factor} must be at least 1, and at most 2^31")
+  if partial is not None and not 0 < partial <= 1:
+    raise ValueError(f"rope_parameters.partial_rotary_factor={partial} must be in (0, 1]")
   _check_lengths(kind, factor, original, maximum, parameters)
   rope = base(
     head_dim=_head_dim(config),
@@ -129,8 +132,9 @@ def from_hf(config: dict, seq_len: int | None = None, layer_type: str | None = N
     # A factor of 1e30 or more stands for a pair that does not turn.
     chosen = np.asarray(lists["long_factor" if n > original else "short_factor"])
     out = dataclasses.replace(out, inv_freq=np.where(chosen >= _STILL, 0.0, out.inv_freq))
-  # Some configs keep the original length as the maximum, though the factor reaches further.
-  context = maximum if kind in ("dynamic", "proportional") else max(maximum, out.context)
+  # Some configs keep the original length as the maximum, though the factor reaches further. The
+  # factor of llama3 is of frequencies: Llama 3.2 has 32 and reaches 16 times its original length.
+  context = maximum if kind in ("dynamic", "proportional", "llama3") else max(maximum, out.context)
   return dataclasses.replace(out, context=context)
 
 
@@ -160,13 +164,12 @@ def to_hf(rope: Rope, *, freeze: bool = False, only: tuple[str, ...] | None = No
   ):
     if unfit:
       raise ValueError(f"to_hf: Hugging Face has no rope that {what}")
-  parameters = _native(rope)
+  parameters = None if freeze and depends_on_length(rope) else _native(rope)
   if parameters and only and parameters["rope_type"] not in only:
     parameters = None
   maximum = rope.context
   if parameters is None:
-    dependent = [name for name, options in rope.history if "seq_len" in options]
-    if dependent and not freeze:
+    if depends_on_length(rope) and not freeze:
       raise ValueError(
         f"to_hf: {' and '.join(n for n, _ in rope.history)} depends on the length of the sequence "
         "and has no native type; freeze=True exports it as it is at its present length"
@@ -182,6 +185,19 @@ def to_hf(rope: Rope, *, freeze: bool = False, only: tuple[str, ...] | None = No
   return dict(
     head_dim=rope.head_dim, max_position_embeddings=int(maximum), rope_parameters=parameters
   )
+
+
+def depends_on_length(rope: Rope) -> bool:
+  """Whether a rope would have other frequencies for a sequence of another length."""
+
+  def differs(options: dict) -> bool:
+    if "seq_len" not in options:
+      return False
+    lists = [options.get(key) for key in _LISTS]
+    given = all(x is not None for x in lists)
+    return not (given and options.get("start_tokens", 0) == 0 and np.array_equal(*lists))
+
+  return any(differs(options) for _, options in rope.history)
 
 
 def _native(rope: Rope) -> dict | None:
@@ -316,7 +332,7 @@ def _head_dim(config: dict) -> int:
 
 
 def _number(key: str, value) -> float:
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
     raise ValueError(f"{key}={value!r} must be a number")
   return value
 
@@ -329,6 +345,6 @@ def _list(key: str, value) -> None:
 
 
 def _whole(key: str, value) -> int:
-  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-    raise ValueError(f"{key}={value!r} must be a positive whole number")
+  if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+    raise ValueError(f"{key}={value!r} must be a positive whole number, at most 2^31")
   return value

@@ -21,6 +21,7 @@ _DEFAULTS = dict(
   phi3={},
 )  # fmt: skip
 FAMILIES = tuple(_DEFAULTS)
+_MOST_LAYERS = 10_000  # a number that is no model's must not be counted up to
 
 # Keys that change what a model computes in ways that are not ours; None, False, 0 and {} are fine.
 _FOREIGN = (
@@ -49,10 +50,13 @@ def read(hf: dict) -> dict:
       raise ValueError(f"{key}={hf[key]!r} is not supported")
   if hf.get("hidden_act", "silu") != "silu":
     raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported, only 'silu'")
-  hf = {**_DEFAULTS[family], **{k: v for k, v in hf.items() if v is not None or "window" in k}}
+  # A default is for what is absent; null has a meaning of its own, that of the next line or none.
+  hf = {k: v for k, v in {**_DEFAULTS[family], **hf}.items() if v is not None or "window" in k}
   heads = _whole(hf, "num_attention_heads")
   hf.setdefault("num_key_value_heads", heads)
   d_model, layers = _whole(hf, "hidden_size"), _whole(hf, "num_hidden_layers")
+  if layers > _MOST_LAYERS:
+    raise ValueError(f"num_hidden_layers={layers}: expected at most {_MOST_LAYERS:,}")
   out = dict(
     vocab_size=_whole(hf, "vocab_size"),
     num_layers=layers,
@@ -74,20 +78,22 @@ def read(hf: dict) -> dict:
   return out
 
 
-def write(m, rotary_dim: int) -> dict:
+def write(m, rotary_dim: int, *, caches_by_length: bool = False) -> dict:
   """config.json of the architecture that computes a model, all but its rope.
 
   Args:
     m: config.model, or anything with its keys as attributes.
     rotary_dim: channels of a head that are rotated.
+    caches_by_length: whether the rope changes with the length of the text: then Phi-3 if it fits,
+      which computes its cache of keys again when that happens.
 
   Raises:
     ValueError: if no architecture has all that this model has.
   """
-  family = _family(m, rotary_dim)
+  family = _family(m, rotary_dim, caches_by_length)
   out = dict(
     model_type=family,
-    architectures=[_CLASSES[family]],
+    architectures=[CLASSES[family]],
     vocab_size=m.vocab_size,
     hidden_size=m.d_model,
     intermediate_size=m.d_ff,
@@ -116,7 +122,7 @@ def write(m, rotary_dim: int) -> dict:
   return out
 
 
-_CLASSES = dict(
+CLASSES = dict(
   llama="LlamaForCausalLM",
   mistral="MistralForCausalLM",
   qwen2="Qwen2ForCausalLM",
@@ -125,7 +131,7 @@ _CLASSES = dict(
 )
 
 
-def _family(m, rotary_dim: int) -> str:
+def _family(m, rotary_dim: int, caches_by_length: bool) -> str:
   """The plainest architecture with the biases, norms, window and rotation of a model."""
   bias, plain_heads = set(m.bias), m.d_model == m.num_heads * m.head_dim
   has = dict(
@@ -137,8 +143,10 @@ def _family(m, rotary_dim: int) -> str:
     mistral=not m.qk_norm and rotary_dim == m.head_dim and not bias,
     qwen2=not m.qk_norm and rotary_dim == m.head_dim and bias == set(QKV),
     qwen3=m.qk_norm and rotary_dim == m.head_dim and bias in (set(), set(ATTENTION)),
-    phi3=not m.qk_norm and not bias and plain_heads and not m.tie_embeddings,
+    phi3=not m.qk_norm and not bias and plain_heads,
   )
+  if caches_by_length and has["phi3"]:
+    return "phi3"
   for family, fits in has.items():
     if fits:
       return family
@@ -164,15 +172,23 @@ def _window(hf: dict, family: str, layers: int) -> int:
     if not _flag(hf, "use_sliding_window"):
       return 0
     first = hf["max_window_layers"]
-    kinds = hf.get("layer_types") or [
+    if isinstance(first, bool) or not isinstance(first, int):
+      raise ValueError(f"max_window_layers={first!r}: expected a whole number")
+    kinds = _layer_types(hf) or [
       "sliding_attention" if i >= first else "full_attention" for i in range(layers)
     ]
-    if len(set(kinds)) > 1:
-      raise ValueError("layer_types: a window in some layers only is not supported")
-    return window if kinds[0] == "sliding_attention" else 0
-  if len(set(hf.get("layer_types") or [""])) > 1:
+  else:
+    kinds = _layer_types(hf) or ["sliding_attention"]
+  if len(set(kinds)) > 1:
     raise ValueError("layer_types: a window in some layers only is not supported")
-  return window
+  return window if kinds[0] == "sliding_attention" else 0
+
+
+def _layer_types(hf: dict) -> list[str]:
+  value = hf.get("layer_types") or []
+  if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+    raise ValueError(f"layer_types={value!r}: expected a list of names")
+  return value
 
 
 def _whole(hf: dict, key: str) -> int:

@@ -76,6 +76,7 @@ class GGUFSource:
     rope: the Rope that the model was made with.
     unread: stored names that are not understood: using the model without them would be wrong.
     phase: {}: there is no learned phase in GGUF files.
+    dtype: of config.model.param_dtype, that which holds all of it.
 
   Raises:
     ValueError: naming the file and what is damaged, missing, at odds or not supported.
@@ -83,7 +84,7 @@ class GGUFSource:
 
   def __init__(self, path: str):
     self.path = path
-    self.phase = {}
+    self.phase, self.dtype = {}, "float32"
     self.header = check(path)
     self.family = self.field("general.architecture")
     if self.family not in FAMILIES:

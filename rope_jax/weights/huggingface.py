@@ -33,11 +33,12 @@ class HuggingFaceSource:
     rope: the rope that the model was made with.
     phase: of an export with PSC, what its config says of it; else {}.
     unread: names of tensors that are not understood.
+    dtype: the smaller of config.model.param_dtype that holds all of it.
   """
 
   def __init__(self, path: str):
     self.path = path
-    hf = _json(os.path.join(path, "config.json"))
+    hf = _json(inside(path, "config.json"))
     self.phase = {}
     if hf.get("model_type") == MODEL_TYPE:
       self.phase = _phase(path, hf.get("phase"))
@@ -50,6 +51,7 @@ class HuggingFaceSource:
     except ValueError as error:
       raise ValueError(f"{path}: config.json: {error}") from error
     self._tensors = _Files(path)
+    self.dtype = "bfloat16" if self._tensors.dtypes == {"BF16"} else "float32"
     self._parts = self._fused() if hf["model_type"] == "phi3" else {}
     fused = {stored for stored, _ in self._parts.values()}
     names = set(self._tensors.shapes)
@@ -112,15 +114,19 @@ class _Files:
   """The tensors of all safetensors files of a directory."""
 
   def __init__(self, path: str):
-    self.path, self._file_of, self.shapes = path, {}, {}
-    index, wanted = os.path.join(path, INDEX), None
+    self.path, self._file_of, self.shapes, self.dtypes = path, {}, {}, set()
+    index, wanted, one = os.path.join(path, INDEX), None, "model.safetensors"
+    if os.path.exists(index) and os.path.exists(os.path.join(path, one)):
+      raise ValueError(
+        f"{path}: there are {one} and {INDEX}, which readers do not agree on; remove one of them"
+      )
     if os.path.exists(index):
-      wanted = _json(index).get("weight_map")
+      wanted = _json(inside(path, INDEX)).get("weight_map")
       if not isinstance(wanted, dict):
         raise ValueError(f"{path}: {INDEX} has no weight_map")
       files = sorted({self._plain(name, file) for name, file in wanted.items()})
-    elif os.path.exists(os.path.join(path, "model.safetensors")):
-      files = ["model.safetensors"]
+    elif os.path.exists(os.path.join(path, one)):
+      files = [one]
     else:
       files = sorted(
         map(os.path.basename, glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
@@ -157,6 +163,7 @@ class _Files:
             "read, so convert a quantised checkpoint first"
           )
         self._file_of[name], self.shapes[name] = file, tuple(part.get_shape())
+        self.dtypes.add(part.get_dtype())
 
   def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
     # Opened for each tensor: a mapping that stays open keeps what was read through it in memory.
@@ -167,9 +174,24 @@ class _Files:
     from safetensors import SafetensorError, safe_open
 
     try:
-      return safe_open(os.path.join(self.path, file), framework="np")
+      return safe_open(inside(self.path, file), framework="np")
     except (OSError, SafetensorError) as error:
       raise ValueError(f"{self.path}: {file} is damaged or no safetensors file: {error}") from None
+
+
+def inside(directory: str, file: str) -> str:
+  """The path of a file of a checkpoint, which may be a link only within the same download.
+
+  Raises:
+    ValueError: if it leads elsewhere.
+  """
+  path = os.path.join(directory, file)
+  root = os.path.realpath(directory)
+  if os.path.basename(os.path.dirname(root)) == "snapshots":  # of the hub's cache, beside its blobs
+    root = os.path.dirname(os.path.dirname(root))
+  if os.path.commonpath([root, os.path.realpath(path)]) != root:
+    raise ValueError(f"{path} is a link to a file outside of the checkpoint")
+  return path
 
 
 def _phase(path: str, value) -> dict:
