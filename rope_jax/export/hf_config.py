@@ -35,6 +35,8 @@ def model(c, *, phase: bool, freeze: bool) -> dict:
   parameters = out["rope_parameters"]
   out["rope_theta"] = parameters["rope_theta"]
   out["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
+  if rope.rotary_dim != rope.head_dim:
+    out["partial_rotary_factor"] = parameters["partial_rotary_factor"]
   if out["model_type"] == "phi3":
     out["original_max_position_embeddings"] = rope.original_context
   if phase and c.rope.phase != "none":
