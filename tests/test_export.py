@@ -251,6 +251,17 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == ["base"]
 
 
+def test_a_directory_that_appears_meanwhile_is_not_overwritten(tmp_path):
+  with pytest.raises(ValueError, match="exists already"), files.new_directory(str(tmp_path)):
+    pass
+  out = tmp_path / "out"
+  with pytest.raises(OSError), files.new_directory(str(out)) as directory:
+    out.mkdir()
+    (out / "own.txt").write_text("mine")
+    (tmp_path / directory / "x").write_text("other")
+  assert [p.name for p in tmp_path.rglob("*")] == ["out", "own.txt"]
+
+
 def test_an_export_overwrites_nothing(exported):
   c, path, _ = exported
   before = sorted(os.listdir(path / "out"))

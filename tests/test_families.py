@@ -237,7 +237,7 @@ def test_a_window_that_is_not_used_is_none(tmp_path):
   hf_model("qwen2").save_pretrained(tmp_path)
   file = tmp_path / "config.json"
   hf = json.loads(file.read_text()) | dict(use_sliding_window=False, sliding_window=8)
-  file.write_text(json.dumps(hf | dict(layer_types=None)))
+  file.write_text(json.dumps(hf | dict(layer_types=None, max_window_layers=0)))
   assert open_source(str(tmp_path)).hyperparameters["window"] == 0
   hf_model("mistral").save_pretrained(tmp_path / "m")
   file = tmp_path / "m" / "config.json"
@@ -245,6 +245,28 @@ def test_a_window_that_is_not_used_is_none(tmp_path):
   file.write_text(json.dumps(json.loads(file.read_text()) | mixed))
   with pytest.raises(ValueError, match="some layers only"):
     open_source(str(tmp_path / "m"))
+
+
+def test_phi3_has_4096_tokens_where_its_config_does_not_say(tmp_path):
+  hf_model("phi3").save_pretrained(tmp_path)
+  file = tmp_path / "config.json"
+  hf = json.loads(file.read_text()) | dict(max_position_embeddings=16384)
+  del (
+    hf["original_max_position_embeddings"],
+    hf["rope_parameters"]["original_max_position_embeddings"],
+  )
+  file.write_text(json.dumps(hf))
+  assert open_source(str(tmp_path)).rope.original_context == 4096
+
+
+def test_phi3_is_given_only_ropes_that_it_has(tmp_path):
+  hf_model("phi3_partial").save_pretrained(tmp_path / "base")
+  c = presets.pretrained(str(tmp_path / "base"))
+  c.rope.update(context=256, scaling="yarn")
+  export.export(c, "", str(tmp_path / "out"), with_tokenizer=False)
+  hf = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert (hf["model_type"], hf["rope_parameters"]["rope_type"]) == ("phi3", "longrope")
+  assert hf["partial_rotary_factor"] == 0.5
 
 
 def test_heads_that_are_null_are_as_many_as_queries(tmp_path):

@@ -80,7 +80,7 @@ def test_a_run_can_be_extended_from_the_rope_that_it_reached(tmp_path):
   with pytest.raises(ValueError, match="rope.original_context=64.*128"):
     resolve.rope(c)
   c.init_from = "run:base"
-  with pytest.raises(ValueError, match="rope.base='checkpoint'.*workdir"):
+  with pytest.raises(ValueError, match="rope.base='checkpoint'.*a checkpoint or a run"):
     resolve.rope(c)
 
 
