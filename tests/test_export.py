@@ -88,8 +88,10 @@ def test_a_merge_is_the_same_over_a_mesh(tmp_path):
     np.testing.assert_allclose(one.read(name), many.read(name), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("targets", [("q", "v"), ALL])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+  "name, targets",
+  [("llama", ("q", "v")), ("llama", ALL), ("qwen2", ALL), ("qwen3", ALL), ("mistral", ALL)],
+)
 def test_peft_loads_adapters(tmp_path, name, targets):
   from peft import PeftModel
 
@@ -104,18 +106,20 @@ def test_peft_loads_adapters(tmp_path, name, targets):
     assert np.abs(hf_logits(model, TOKENS) - ours).max() > 0.1
 
 
+PHASES = [
+  dict(rope__phase="psc"),
+  dict(rope__phase="psc", rope__psc__calibration="post", rope__psc__share="heads"),
+  dict(rope__phase="psc", rope__psc__share="layers"),
+  dict(rope__phase="psc_rotation", rope__psc_rotation__bound=1.0, rope__psc_rotation__share="all"),
+]
+
+
+# All phases with all families: tests/test_modeling.py.
 @pytest.mark.parametrize(
-  "phase",
-  [
-    dict(rope__phase="psc"),
-    dict(rope__phase="psc", rope__psc__calibration="post", rope__psc__share="heads"),
-    dict(rope__phase="psc", rope__psc__share="layers"),
-    dict(
-      rope__phase="psc_rotation", rope__psc_rotation__bound=1.0, rope__psc_rotation__share="all"
-    ),
-  ],
-)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+  "name, phase",
+  [*(("llama", phase) for phase in PHASES), ("qwen2", PHASES[0]), ("qwen3", PHASES[1]),
+   ("mistral", PHASES[2]), ("phi3", PHASES[3])],
+)  # fmt: skip
 def test_psc_and_lora_give_the_same_logits_and_come_back(tmp_path, name, phase):
   import torch
 
