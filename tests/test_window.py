@@ -10,16 +10,12 @@ import tiny
 from test_attention import inputs, segments
 from test_context import config_of, packed, run
 from test_generate import NEW, PROMPTS, full_logits, generator, ropes
-from test_weights import hf_logits, hf_model
 
 from rope_jax import config, validate
 from rope_jax.model import attention, blockwise, cache, context, splash
 from rope_jax.model.config import ModelConfig, from_config
 from rope_jax.model.generate import Generator
-from rope_jax.model.llama import Llama, unembedding
 from rope_jax.train import flops, sharding
-from rope_jax.weights import load
-from rope_jax.weights.source import open_source
 
 
 def value_and_grad(f, q, k, v, weights):
@@ -347,30 +343,3 @@ def test_a_mesh_changes_nothing():
   with jax.set_mesh(mesh):
     got = Generator(m, v, of, depends_on_length=True, chunk=8).logits(PROMPTS, [n[:5] for n in NEW])
   np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
-
-
-# ---- As in transformers.
-
-
-def test_logits_are_those_of_mistral(tmp_path):
-  """Its tensors have the names of Llama's, as which they are read here."""
-  import torch
-  from transformers import MistralConfig, MistralForCausalLM
-
-  llama = hf_model()
-  llama.save_pretrained(tmp_path)
-  source = open_source(str(tmp_path))
-  m = Llama(ModelConfig(**source.hyperparameters, window=7, block_q=8, block_k=8))
-  shapes = jax.eval_shape(lambda: m.init(jax.random.key(0), jnp.zeros((1, 8), int), source.rope))
-  params = load.load_params(str(tmp_path), shapes["params"], lambda leaf, x: jnp.asarray(x))
-  tokens = tiny.tokens(2, 30)
-  ours = jax.jit(m.apply)(dict(params=params), tokens, source.rope) @ unembedding(params)
-  keys = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-  keys += " intermediate_size rms_norm_eps max_position_embeddings rope_parameters"
-  hf = MistralConfig(sliding_window=7, **{key: getattr(llama.config, key) for key in keys.split()})
-  mistral = MistralForCausalLM(hf).eval().float()
-  mistral.load_state_dict(llama.state_dict())
-  with torch.no_grad():
-    theirs = mistral(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-  np.testing.assert_allclose(ours, theirs, atol=1e-4)
-  assert np.abs(theirs - hf_logits(llama, tokens))[:, 7:].max() > 1e-2
