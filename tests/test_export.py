@@ -377,3 +377,13 @@ def test_code_beside_the_modelling_file_is_not_run(tmp_path):
     f.write("raise SystemExit('executed')")
   with pytest.raises(ValueError, match="it is not run"):
     verify.verify(str(tmp_path / "out"), 20)
+
+
+def test_layers_with_phases_of_their_own_are_not_read_as_one(tmp_path):
+  c, variables = extended(tmp_path / "base", "llama", rope__phase="psc")
+  export.write(c, variables, str(tmp_path / "out"))
+  again = presets.pretrained(str(tmp_path / "out"))
+  again.rope.psc.share = "layers"
+  mesh = tiny.mesh()
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match="config.rope.psc.share"):
+    state.initial_variables(again, mesh, "")

@@ -185,3 +185,12 @@ def test_marks_of_short_segments_reach_the_loss():
   for mark, expected in ((True, base), (False, yarn)):
     marked = dict(b, short=np.full(b["tokens"].shape, mark))
     np.testing.assert_allclose(loss(marked, both), loss(b, expected), rtol=1e-6)
+
+
+def test_weight_decay_spares_norms_and_biases():
+  c = config.base()
+  c.train.update(weight_decay=0.1, clip=0.0)
+  params = {name: jnp.ones((2, 2)) for name in ("q", "q_bias", "down_bias", "scale")}
+  tx = optimizer(c.train)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  assert {name for name, u in updates.items() if u.any()} == {"q"}
