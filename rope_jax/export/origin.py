@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 
 from rope_jax import config as config_lib
 from rope_jax.train import state
-from rope_jax.weights import locate
+from rope_jax.weights import huggingface, locate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +47,10 @@ def of(c, workdir: str) -> Origin:
   name = c.init_from if not os.path.exists(path) else os.path.basename(os.path.abspath(path))
   if kind != "hf":
     return Origin(path=path, name=os.path.splitext(name)[0] if kind == "gguf" else name)
-  hf, generation = (_json(os.path.join(path, x)) for x in ("config.json", "generation_config.json"))
+  hf, generation = (
+    huggingface.read_json(huggingface.inside(path, file))
+    if os.path.isfile(os.path.join(path, file))
+    else {}
+    for file in ("config.json", "generation_config.json")
+  )
   return Origin(path=path, name=name, hf=hf, generation=generation)
-
-
-def _json(path: str) -> dict:
-  if not os.path.isfile(path):
-    return {}
-  try:
-    with open(path, encoding="utf-8") as f:
-      value = json.load(f)
-  except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"config.init_from: {path} cannot be read: {error}") from None
-  if not isinstance(value, dict):
-    raise ValueError(f"config.init_from: {path}: expected an object")
-  return value

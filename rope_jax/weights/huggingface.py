@@ -38,7 +38,7 @@ class HuggingFaceSource:
 
   def __init__(self, path: str):
     self.path = path
-    hf = _json(inside(path, "config.json"))
+    hf = read_json(inside(path, "config.json"))
     self.phase = {}
     if hf.get("model_type") == MODEL_TYPE:
       self.phase = _phase(path, hf.get("phase"))
@@ -121,7 +121,7 @@ class _Files:
         f"{path}: there are {one} and {INDEX}, which readers do not agree on; remove one of them"
       )
     if os.path.exists(index):
-      wanted = _json(inside(path, INDEX)).get("weight_map")
+      wanted = read_json(inside(path, INDEX)).get("weight_map")
       if not isinstance(wanted, dict):
         raise ValueError(f"{path}: {INDEX} has no weight_map")
       files = sorted({self._plain(name, file) for name, file in wanted.items()})
@@ -206,7 +206,12 @@ def _phase(path: str, value) -> dict:
   return value
 
 
-def _json(path: str) -> dict:
+def read_json(path: str) -> dict:
+  """A JSON object of a checkpoint.
+
+  Raises:
+    ValueError: if it cannot be read, is too large or is something else.
+  """
   try:
     if os.path.getsize(path) > _CONFIG_BYTES:
       raise ValueError("too large")
