@@ -227,10 +227,14 @@ class RMSNorm(nn.Module):
 
 
 def _angles(rope, tokens: list[dict], by_row: bool) -> list[tuple[jax.Array, jax.Array]]:
-  """(cos, sin) of the new tokens and, where `tokens` says so, of those in the cache."""
+  """(cos, sin) by channel of the new tokens and, where `tokens` says so, of those in the cache."""
   of = jax.vmap(rope_lib.cos_sin) if by_row else rope_lib.cos_sin
-  return [of(rope, t["positions"], **{k: v for k, v in t.items() if k != "positions"})
-          for t in tokens]  # fmt: skip
+  return [
+    rope_lib.by_channel(
+      *of(rope, t["positions"], **{k: v for k, v in t.items() if k != "positions"})
+    )
+    for t in tokens
+  ]
 
 
 def _calibrate(cfg: ModelConfig, psc, x):
@@ -244,7 +248,7 @@ def _calibrate(cfg: ModelConfig, psc, x):
 
 def _rotate(cfg: ModelConfig, psc, x, angles):
   """Rotates queries or keys; a post-calibration comes after."""
-  x = rope_lib.rotate(x, *angles)
+  x = rope_lib.rotate_channels(x, *angles)
   if cfg.phase == "psc" and cfg.psc_calibration == "post":
     # As it stands commented out in the release: the gate reads a detached copy.
     return x * rope_lib.psc_gate(jax.lax.stop_gradient(x), psc["up"], psc["down"])

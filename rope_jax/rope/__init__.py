@@ -19,7 +19,8 @@ from rope_jax.rope.longrope import dynamic_longrope, longrope, longrope2
 from rope_jax.rope.methods import SCALINGS
 from rope_jax.rope.phase import psc, psc_gate, psc_init, psc_parameter_count, psc_rotation
 from rope_jax.rope.resonance import common_period, critical_pair, feature_gap, resonance
-from rope_jax.rope.rotary import Rope, base, cos_sin, per_layer, rebase, rotate, stack
+from rope_jax.rope.rotary import Rope, base, cos_sin, per_layer, rebase, stack
+from rope_jax.rope.rotation import by_channel, rotate, rotate_channels
 from rope_jax.rope.scaling import (
   dynamic_ntk,
   dynamic_yarn,
@@ -41,6 +42,7 @@ __all__ = [
   "abf",
   "angle_histogram",
   "base",
+  "by_channel",
   "clex",
   "clex_correct",
   "clex_init",
@@ -80,6 +82,7 @@ __all__ = [
   "rebase",
   "resonance",
   "rotate",
+  "rotate_channels",
   "stack",
   "to_hf",
   "truncated",

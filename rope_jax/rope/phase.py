@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from rope_jax.rope.rotary import rotate
+from rope_jax.rope.rotation import rotate
 
 
 def psc_gate(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
@@ -95,5 +95,8 @@ def psc_parameter_count(
 def _two_layers(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
   """SiLU(x U_h) D_h for each head, in the dtype of x."""
   up, down = (jnp.broadcast_to(w, (x.shape[-2], *w.shape[1:])).astype(x.dtype) for w in (up, down))
-  hidden = jnp.einsum("...hd,hdr->...hr", x, up)
-  return jnp.einsum("...hr,hro->...ho", jax.nn.silu(hidden), down)
+  # Heads first, as a batched product gives them: one transposition instead of one a product.
+  x = jnp.moveaxis(x, -2, 0)
+  hidden = jnp.einsum("h...d,hdr->h...r", x, up)
+  y = jnp.einsum("h...r,hro->h...o", jax.nn.silu(hidden), down)
+  return jnp.moveaxis(y, 0, -2)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the `Rope` pytree, its cosines and sines, and the rotation.
+"""Rotary position embedding: the `Rope` pytree, its cosines and its sines.
 
 Reference: Su et al., RoFormer (arXiv 2104.09864).
 """
@@ -6,7 +6,6 @@ Reference: Su et al., RoFormer (arXiv 2104.09864).
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -349,82 +348,6 @@ def _cos_sin(rope: Rope, positions, fractions) -> tuple[jax.Array, jax.Array]:
     sin += offset
   scale = jnp.asarray(scale, jnp.float32)[..., None]
   return cos * scale, sin * scale
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
-  """Rotates each pair of channels by its angle, in float32.
-
-  The partner of each channel comes from reversing an axis of length two: no slice and
-  concatenate of half heads, which some TPU compilers mishandle (jax issue 37029).
-
-  Args:
-    x: [..., tokens, heads, head_dim] queries or keys.
-    cos, sin: [..., tokens, pairs] from `cos_sin`, or [..., tokens, groups, pairs] with angles of
-      their own for equal groups of heads. With fewer pairs than half the channels, the first
-      2 * pairs are rotated and the rest pass through (partial rotary).
-    interleaved: pairs are channels (2i, 2i+1) as in RoFormer and GGUF files, instead of
-      (i, i + pairs), the half-split layout of Hugging Face checkpoints.
-
-  Returns:
-    The rotated array, with the shape and dtype of x.
-
-  Raises:
-    ValueError: if there are more pairs than channels, or groups do not divide the heads.
-  """
-  pairs, heads = cos.shape[-1], x.shape[-2]
-  if 2 * pairs > x.shape[-1]:
-    raise ValueError(f"x has head_dim {x.shape[-1]}, but cos has {pairs} angles, for {2 * pairs}")
-  if 2 * pairs < x.shape[-1]:
-    rotated = rotate(x[..., : 2 * pairs], cos, sin, interleaved=interleaved)
-    return x.at[..., : 2 * pairs].set(rotated)
-  if cos.ndim == x.ndim:
-    if heads % cos.shape[-2]:
-      raise ValueError(f"{cos.shape[-2]} groups of angles do not divide {heads} heads")
-    cos, sin = (jnp.repeat(t, heads // t.shape[-2], axis=-2) for t in (cos, sin))
-  else:
-    cos, sin = cos[..., None, :], sin[..., None, :]
-  axis = -1 if interleaved else -2
-  x_pairs = x.reshape(*x.shape[:-1], *((pairs, 2) if interleaved else (2, pairs)))
-  cos, sin = (jnp.expand_dims(t, axis) for t in (cos, sin))
-  return _rotate_pairs(axis, x_pairs.astype(jnp.float32), cos, sin).reshape(x.shape).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rotate_pairs(axis: int, x_pairs, cos, sin):
-  """Rotates the two channels of each pair, along `axis`."""
-  shape = [1] * x_pairs.ndim
-  shape[axis] = 2
-  sign = np.array([-1.0, 1.0], np.float32).reshape(shape)
-  return x_pairs * cos + jnp.flip(x_pairs, axis) * (sign * sin)
-
-
-# The derivative with respect to cos and sin is written out because XLA for CPU (jax 0.10.2) fuses
-# the one of `flip` into a reduction that is wrong, up to reading what is not there. What is not
-# differentiated, mostly cos and sin, leaves nothing in memory for it.
-def _rotate_pairs_forward(axis, x_pairs, cos, sin):
-  differs = cos.perturbed or sin.perturbed
-  kept = cos.value, sin.value, x_pairs.value if differs else None
-  return _rotate_pairs(axis, x_pairs.value, cos.value, sin.value), kept
-
-
-def _rotate_pairs_backward(axis, kept, d_out):
-  cos, sin, x = kept
-  d_x = _rotate_pairs(axis, d_out, cos, -sin)
-  if x is None:
-    return d_x, None, None
-  (a, b), (d_a, d_b) = ((jnp.take(y, 0, axis), jnp.take(y, 1, axis)) for y in (x, d_out))
-  d_cos, d_sin = (jnp.expand_dims(d, axis) for d in (d_a * a + d_b * b, d_b * a - d_a * b))
-  return d_x, _sum_to(d_cos, cos.shape), _sum_to(d_sin, sin.shape)
-
-
-_rotate_pairs.defvjp(_rotate_pairs_forward, _rotate_pairs_backward, symbolic_zeros=True)
-
-
-def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Sums over the axes along which `shape` was broadcast."""
-  x = x.sum(tuple(range(x.ndim - len(shape))))
-  axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] > 1)
-  return x.sum(axes, keepdims=True)
 
 
 def _fixed_point(inv_freq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
