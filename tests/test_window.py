@@ -323,15 +323,17 @@ def test_devices_of_a_cache_put_their_parts_together(kernel, new):
   """Of 4 devices with 16 places each, some hold nothing that is seen."""
   cfg = ModelConfig(**tiny.MODEL, attention=kernel, window=10)
   q, k, v, _ = inputs(B=3, L=64, E=16)
-  state = cache.Cache(None, None, jnp.array([0, 3, 30]), jnp.int32(40))
   k, v = (x.swapaxes(1, 2).at[:, :, 40 + new :].set(0) for x in (k, v))
-  out = cache.attend(cfg, state, q[:, 40 : 40 + new], k, v)
+  layers = (jnp.stack([jnp.full_like(x, jnp.nan), x, jnp.full_like(x, jnp.nan)]) for x in (k, v))
+  state = cache.Cache(*layers, jnp.array([0, 3, 30]), jnp.int32(40))
+  run = jax.jit(lambda state, q: cache.attend(cfg, state, jnp.int32(1), q))
+  out = run(state, q[:, 40 : 40 + new])
   whole = k.swapaxes(1, 2), v.swapaxes(1, 2)
   padding = jnp.arange(64) < state.padding[:, None]
   expected = attention.dense(q, *whole, padding.astype(jnp.int32), window=10)[:, 40 : 40 + new]
   np.testing.assert_allclose(out, expected, atol=1e-5)
   with jax.set_mesh(tiny.mesh(context=4)):
-    split = jax.jit(lambda *x: cache.attend(cfg, state, *x))(q[:, 40 : 40 + new], k, v)
+    split = jax.jit(lambda *x: cache.attend(cfg, *x))(state, jnp.int32(1), q[:, 40 : 40 + new])
   np.testing.assert_allclose(split, expected, atol=1e-5)
 
 

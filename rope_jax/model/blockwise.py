@@ -28,9 +28,21 @@ _LEAST = MASKED / 10
 
 
 def forward(
-  q, k, v, visible, segments_q=None, segments_k=None, *, hidden=None, block_q=0, block_k=0
+  q,
+  k,
+  v,
+  visible,
+  segments_q=None,
+  segments_k=None,
+  *,
+  hidden=None,
+  block_q=0,
+  block_k=0,
+  first_row=0,
 ):
   """Attention and its normaliser.
+
+  k and v may have more rows than q: those from `first_row` on are of account.
 
   Returns:
     out like q, and the float32 logsumexp [B, H, Lq] of the scaled scores; for a query that sees
@@ -49,12 +61,14 @@ def forward(
     def keys(masked, step, carry):
       out, total, maximum = carry
       j = _at(order, b, i, step)
-      scores = _masked(_product("qe,se->qs", q_i, _at(k, b, h, j)), mask, b, i, j, masked)
+      scores = _masked(
+        _product("qe,se->qs", q_i, _at(k, first_row + b, h, j)), mask, b, i, j, masked
+      )
       new_maximum = jnp.maximum(maximum, scores.max(-1))
       weights = jnp.exp((scores - new_maximum[:, None]) * scale)
       decay = jnp.exp((maximum - new_maximum) * scale)
       total = total * decay + weights.sum(-1)
-      update = _product("qs,se->qe", weights.astype(dtype), _at(v, b, h, j))
+      update = _product("qs,se->qe", weights.astype(dtype), _at(v, first_row + b, h, j))
       return out * decay[:, None] + update, total, new_maximum
 
     zeros = jnp.zeros(q_i.shape, jnp.float32)

@@ -11,6 +11,7 @@ Shape suffixes: N layers, B rows, K KV heads, H query heads, C places, T new tok
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from rope_jax.model import attention, context
+from rope_jax.model import attention, blockwise, context
 from rope_jax.model.blockwise import MASKED
 from rope_jax.model.config import ModelConfig
 
@@ -96,48 +97,100 @@ def append(cache: Cache, layer: jax.Array, k_BxTxKxE, v_BxTxKxE) -> Cache:
   return cache.replace(k=k, v=v)
 
 
-def attend(cfg: ModelConfig, cache: Cache, q_BxTxHxE, k_BxKxCxE, v_BxKxCxE) -> jax.Array:
+def attend(cfg: ModelConfig, cache: Cache, layer: jax.Array, q_BxTxHxE, k_BxKxCxE=None):
   """Attention of the T newest tokens, written from `cache.index` on, to those up to themselves.
 
   Args:
     cfg: of the model.
-    cache: for its padding and index.
+    cache: with the keys and values of the tokens themselves.
+    layer: int32, of the cache.
     q_BxTxHxE: rotated queries.
-    k_BxKxCxE, v_BxKxCxE: a layer of the cache, keys rotated.
+    k_BxKxCxE: the layer's keys, rotated, if the cache has them before rotation.
 
   Returns:
     [B, T, H, E] in the dtype of q. Tokens of padding attend to padding: finite, of no account.
   """
   B, T = q_BxTxHxE.shape[:2]
   shards = attention.mesh_shape().get(context.AXIS, 1)
-  own = k_BxKxCxE.shape[2] // shards
-  # One token has no blocks of queries to go through, and its scores are small.
-  if T == 1 or cfg.attention == "dense":
-    forward = _dense
-  else:  # blocks of training are made for its lengths
-    forward = attention.kernel(dataclasses.replace(cfg, block_q=0, block_k=0)).forward
+  own = cache.k.shape[3] // shards
+  # One token has no blocks of queries to go through.
+  forward = _one if T == 1 else functools.partial(_several, cfg)
 
-  def part(q, k, v, padding, index):
+  def part(q, keys, k, v, padding, index, layer):
     first = jax.lax.axis_index(context.AXIS) * own if shards > 1 else 0
     queries = index + jnp.arange(T)
     visible, hidden = context.up_to(queries - first, cfg.window)
     padded = padding[:, None]
     of_q, of_k = (x.astype(jnp.int32) for x in (queries < padded, first + jnp.arange(own) < padded))
-    out, logsumexp = forward(q, k, v, visible, of_q, of_k, hidden=hidden)
+    stored = (v, layer) if keys is None else (v[layer][None], jnp.int32(0))
+    out, logsumexp = forward(
+      q, k if keys is None else keys[None], *stored, visible, of_q, of_k, hidden
+    )
     if shards == 1:
-      return out
+      return out.astype(q.dtype)
     weight = jnp.exp(logsumexp - jax.lax.pmax(logsumexp, context.AXIS))[..., None]
     total = jax.lax.psum(weight, context.AXIS)
-    return (jax.lax.psum(out.astype(jnp.float32) * weight, context.AXIS) / total).astype(q.dtype)
+    return (jax.lax.psum(out * weight, context.AXIS) / total).astype(q.dtype)
 
   whole, split = _heads(B, split=False), _heads(B, split=True)
-  part = attention.sharded(part, (whole, split, split, P(whole[0]), P()), whole)
-  out = part(q_BxTxHxE.swapaxes(1, 2), k_BxKxCxE, v_BxKxCxE, cache.padding, cache.index)
-  return out.swapaxes(1, 2)
+  layers = P(None, *split)
+  part = attention.sharded(part, (whole, split, layers, layers, P(whole[0]), P(), P()), whole)
+  given = k_BxKxCxE, cache.k, cache.v, cache.padding, cache.index, layer
+  return part(q_BxTxHxE.swapaxes(1, 2), *given).swapaxes(1, 2)
+
+
+def _several(cfg, q, k, v, layer, visible, of_q, of_k, hidden):
+  """(out, logsumexp) of some queries [B, H, T, E], by the kernel of training."""
+  N, B, K, C, E = k.shape
+  if cfg.attention == "blockwise":
+    # Out of the cache itself: the layer is a row of it, and blocks divide it.
+    k, v = (x.reshape(N * B, K, C, E) for x in (k, v))
+    return blockwise.forward(
+      q, k, v, visible, of_q, of_k, hidden=hidden, first_row=layer * B, block_k=_block(C, 512)
+    )
+  k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
+  if cfg.attention == "dense":
+    return _dense(q, k, v, visible, of_q, of_k, hidden=hidden)
+  # Blocks of training are made for its lengths.
+  kernel = attention.kernel(dataclasses.replace(cfg, block_q=0, block_k=0))
+  return kernel.forward(q, k, v, visible, of_q, of_k, hidden=hidden)
+
+
+def _one(q, k, v, layer, visible, of_q, of_k, hidden):
+  """(out, logsumexp) of one query a row, [B, H, 1, E].
+
+  Blocks of places that are written, and in the window, are read out of the cache, once; the rest
+  of it is not touched, and no copy of a layer is made.
+  """
+  block = _block(k.shape[3], 2048)
+  last = jnp.clip((visible[0] + block - 1) // block, 0, k.shape[3] // block)
+  first = 0 if hidden is None else jnp.clip(hidden[0] // block, 0, last)
+
+  def add(i, carry):
+    out, logsumexp = carry
+    start = i * block
+    keys, values = (
+      jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, *x.shape[1:3], block, x.shape[4]))[0]
+      for x in (k, v)
+    )
+    sees = visible - start, None if hidden is None else hidden - start
+    places = jax.lax.dynamic_slice_in_dim(of_k, start, block, 1)
+    part, of_part = _dense(q, keys, values, sees[0], of_q, places, hidden=sees[1])
+    total = jnp.logaddexp(logsumexp, of_part)
+    out = out * jnp.exp(logsumexp - total)[..., None]
+    return out + part * jnp.exp(of_part - total)[..., None], total
+
+  start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], MASKED)
+  return jax.lax.fori_loop(first, last, add, start)
+
+
+def _block(places: int, most: int) -> int:
+  """The largest power of two up to `most` that divides the places of a cache, or all of them."""
+  return min(places & -places, most) if places > most else places
 
 
 def _dense(q, k, v, visible, segments_q, segments_k, *, hidden=None):
-  """As `blockwise.forward`, with all scores at once."""
+  """As `blockwise.forward`, with all scores at once; out in float32."""
   B, H, T, E = q.shape
   K = k.shape[1]
   q = q.reshape(B, K, H // K, T, E)
@@ -155,7 +208,7 @@ def _dense(q, k, v, visible, segments_q, segments_k, *, hidden=None):
   weights = (weights / jnp.where(some, total, 1.0)).astype(q.dtype)
   out = jnp.einsum("bkgtc,bkce->bkgte", weights, v, preferred_element_type=jnp.float32)
   logsumexp = jnp.where(some, maximum + jnp.log(jnp.where(some, total, 1.0)), MASKED)
-  return out.reshape(B, H, T, E).astype(q.dtype), logsumexp.reshape(B, H, T)
+  return out.reshape(B, H, T, E), logsumexp.reshape(B, H, T)
 
 
 def _heads(rows: int, *, split: bool) -> P:

@@ -190,11 +190,11 @@ class Attention(nn.Module):
       k_BxLxKxE = _rotate(cfg, psc_k, k_BxLxKxE, angles[0])
     if cache is not None:
       cache = cache_lib.append(cache, layer, k_BxLxKxE, v_BxLxKxE)
-      keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-                      for x in (cache.k, cache.v))  # fmt: skip
+      keys = None
       if not cache.rotated:
+        keys = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False)
         keys = _rotate(cfg, psc_k, keys.swapaxes(1, 2), angles[1]).swapaxes(1, 2)
-      out_BxLxHxE = cache_lib.attend(cfg, cache, q_BxLxHxE, keys, values)
+      out_BxLxHxE = cache_lib.attend(cfg, cache, layer, q_BxLxHxE, keys)
     elif self.is_initializing():  # shapes are all that counts, and those of a mesh do not fit
       out_BxLxHxE = q_BxLxHxE
     else:
