@@ -119,6 +119,13 @@ def define_report():
   return flags.DEFINE_bool("report", False, "Write an HTML page of the results to the workdir.")
 
 
+def define_profile():
+  """Defines --profile; its value is whether to write DIR/profile, docs/performance.md."""
+  return flags.DEFINE_bool(
+    "profile", False, "Write a trace, and where its time went, to the workdir."
+  )
+
+
 def finish(results: dict, runs: dict, workdir: str, html: bool) -> None:
   """Shows the results of the run, or of each run by name: on the screen, as files in the workdir.
 

@@ -4,11 +4,13 @@
 
 Where the workdir holds no run, the model of config.init_from is evaluated as it is. Tables on the
 screen, DIR/results.json for programs, figures, and with --report an HTML page, DIR/report.html.
+--profile adds a trace of a forward pass, DIR/profile, and where its time went, DIR/profile.txt.
 """
 
 import cli
 
 workdir_of, REPORT = cli.define_workdir(), cli.define_report()
+PROFILE = cli.define_profile()
 
 
 def main(c, config_name):
@@ -18,7 +20,7 @@ def main(c, config_name):
   from rope_jax.train import loop  # after the checks: this is slow to import
 
   results = {
-    name: cli.checked(name, loop.evaluate, run, cli.directory(workdir, name))
+    name: cli.checked(name, loop.evaluate, run, cli.directory(workdir, name), PROFILE.value)
     for name, run in runs.items()
   }
   if cli.is_main():

@@ -3,12 +3,14 @@
   python launch/train.py --config=configs/psc_64k.py --workdir=DIR
 
 Every key of the config can be set: --config.train.steps=100 --config.rope.scaling=pi
---report writes DIR/report.html, an HTML page of the results.
+--report writes DIR/report.html, an HTML page of the results; --profile a trace of two steps to
+DIR/profile, and where their time went to DIR/profile.txt.
 """
 
 import cli
 
 workdir_of, REPORT = cli.define_workdir(), cli.define_report()
+PROFILE = cli.define_profile()
 
 
 def main(c, config_name):
@@ -21,7 +23,7 @@ def main(c, config_name):
   for name, run in runs.items():
     if name and cli.is_main():
       print(f"\n== {name}", flush=True)
-    results[name] = cli.checked(name, loop.train, run, cli.directory(workdir, name))
+    results[name] = cli.checked(name, loop.train, run, cli.directory(workdir, name), PROFILE.value)
   if cli.is_main():
     cli.finish(results, runs, workdir, REPORT.value)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import numpy as np
 
 from rope_jax import resolve
@@ -231,3 +234,36 @@ def _times(r: dict) -> list[tuple[str, str]]:
     ("step, if all overlaps", f"{r['step_seconds']:10.2f} s   bound by {r['bound']}; "
      f"MFU {r['mfu']:.0%}, {r['tokens_per_second']:,.0f} tokens/s"),
   ]  # fmt: skip
+
+
+def profiled(operations, what: str, unit: str, number: int, seconds: float) -> str:
+  """Where the time of a trace went: by part of the model, then the twenty longest operations.
+
+  Args:
+    operations: `train.profile.Operation`s.
+    what: was traced.
+    unit: "step" or "pass".
+    number: units traced.
+    seconds: that they took on the clock.
+  """
+  total = sum(x.seconds for x in operations)
+  parts: dict[str, Counter] = {}
+  for x in operations:
+    parts.setdefault(x.part, Counter())[x.direction] += x.seconds
+  whole = sum(parts.values(), Counter())
+  directions = [d for d in ("forward", "recomputed", "backward") if whole[d]]
+  directions *= len(directions) > 1
+
+  def ms(value):
+    return f"{1e3 * value / number:,.2f}" if value else ""
+
+  cells = [[f"time of {what}", "share", f"ms a {unit}", *directions]]
+  for name, p in sorted(parts.items(), key=lambda x: -x[1].total()) + [("all operations", whole)]:
+    cells.append([name, f"{p.total() / total:.1%}", ms(p.total()), *(ms(p[d]) for d in directions)])
+  longest = [["from", "part", "operation", f"calls a {unit}", "share"]]
+  for x in sorted(operations, key=lambda x: -x.seconds)[:20]:
+    scope = re.sub(r"\b(while|body|cond|closed_call|checkpoint)/", "", x.scope) or "-"
+    calls, share = f"{x.calls / number:,.0f}", f"{x.seconds / total:.1%}"
+    longest.append([scope, x.part, x.name, calls, share])
+  clock = f"a {unit} took {1e3 * seconds / number:,.2f} ms; times of threads and devices add up"
+  return f"{_grid(cells)}\n{clock}\n\n{_grid(longest)}"

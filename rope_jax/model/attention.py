@@ -32,6 +32,7 @@ NO_RING = (
 )
 
 
+@jax.named_scope("attend")  # scopes are what `train.profile` tells operations by
 def attend(cfg, q, k, v, segment_ids=None):
   """Attention by `cfg.attention`; returns [B, L, H, E] in the dtype of q.
 

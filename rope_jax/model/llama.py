@@ -111,7 +111,8 @@ class Llama(nn.Module):
     embedding_VxD = self.param(
       "embedding", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.d_model), cfg.param_dtype
     )
-    x = jnp.take(embedding_VxD, tokens_BxL, axis=0).astype(cfg.dtype)
+    with jax.named_scope("embedding"):
+      x = jnp.take(embedding_VxD, tokens_BxL, axis=0).astype(cfg.dtype)
     block = Block
     if cfg.remat != "none":
       block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
@@ -226,6 +227,7 @@ class RMSNorm(nn.Module):
     return (x * scale).astype(self.config.dtype)
 
 
+@jax.named_scope("rotate")
 def _angles(rope, tokens: list[dict], by_row: bool) -> list[tuple[jax.Array, jax.Array]]:
   """(cos, sin) by channel of the new tokens and, where `tokens` says so, of those in the cache."""
   of = jax.vmap(rope_lib.cos_sin) if by_row else rope_lib.cos_sin
@@ -246,6 +248,7 @@ def _calibrate(cfg: ModelConfig, psc, x):
   return x
 
 
+@jax.named_scope("rotate")
 def _rotate(cfg: ModelConfig, psc, x, angles):
   """Rotates queries or keys; a post-calibration comes after."""
   x = rope_lib.rotate_channels(x, *angles)
@@ -282,8 +285,9 @@ def _linear(module: nn.Module, name: str, x: jax.Array, inputs: dict, outputs: d
     return dict(a=a, b=jnp.zeros((cfg.lora_rank, *out_shape)))
 
   lora = module.variable("lora", name, init).value
-  down = jnp.einsum(f"bl{i},{i}r->blr", x, lora["a"].astype(cfg.dtype))
-  delta = jnp.einsum(f"blr,r{o}->bl{o}", down, lora["b"].astype(cfg.dtype))
+  with jax.named_scope("lora"):
+    down = jnp.einsum(f"bl{i},{i}r->blr", x, lora["a"].astype(cfg.dtype))
+    delta = jnp.einsum(f"blr,r{o}->bl{o}", down, lora["b"].astype(cfg.dtype))
   return checkpoint_name(y + (cfg.lora_alpha / cfg.lora_rank) * delta, name)
 
 

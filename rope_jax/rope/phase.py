@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rope_jax.rope.rotation import rotate
 
 
+@jax.named_scope("psc")
 def psc_gate(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
   """g = 1 + tanh(SiLU(x U_h) D_h) / 2 for each head h, element-wise in (0.5, 1.5).
 
@@ -31,11 +32,13 @@ def psc_gate(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
   return (1 + 0.5 * jnp.tanh(y.astype(jnp.float32))).astype(x.dtype)
 
 
+@jax.named_scope("psc")
 def psc(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
   """The calibrated x * gate(x). With `up` zero this is x, bit for bit. Shapes as `psc_gate`."""
   return x * psc_gate(x, up, down)
 
 
+@jax.named_scope("psc")
 def psc_rotation(
   x: jax.Array, up: jax.Array, down: jax.Array, *, bound: float | None = math.pi
 ) -> jax.Array:

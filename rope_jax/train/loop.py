@@ -18,6 +18,7 @@ from rope_jax.data.arrange import Arrange
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
 from rope_jax.train import flops, multihost, sharding, state
+from rope_jax.train import profile as profile_lib
 from rope_jax.train import step as step_lib
 from rope_jax.train import subject as subject_lib
 from rope_jax.train.checkpoint import Checkpoints
@@ -25,13 +26,15 @@ from rope_jax.train.metrics import Metrics
 from rope_jax.train.optimizer import optimizer, schedule
 
 
-def train(c, workdir: str) -> dict:
+def train(c, workdir: str, profile: bool = False) -> dict:
   """Trains, evaluates and saves a run; continues it if the workdir holds a part of it.
 
   Args:
     c: a validated config.
     workdir: gets run.json, rope.json, metrics.jsonl, TensorBoard events, checkpoints/ and
       results.json.
+    profile: whether two steps are traced, to profile/ and profile.txt; of a run of no steps, what
+      `evaluate` traces.
 
   Returns:
     The results of the evaluations, as in results.json.
@@ -44,18 +47,18 @@ def train(c, workdir: str) -> dict:
   config_lib.check_workdir(c, workdir)
   state.check_init(c, workdir)
   if c.train.steps == 0:
-    results = evaluate(c, workdir)
+    results = evaluate(c, workdir, profile)
     if multihost.is_main():
       config_lib.write(c, workdir)
     multihost.wait("evaluated")  # a later run of a comparison may start from this one
     return results
   mesh = sharding.make_mesh(c.mesh, c.train.batch_size // c.train.accumulation)
   sharding.check(c, mesh, [config_lib.train_length(c), *evals.lengths(c)])
-  with jax.set_mesh(mesh):
-    return _train(c, workdir, mesh)
+  with jax.set_mesh(mesh), profile_lib.Steps(workdir if profile else None) as trace:
+    return _train(c, workdir, mesh, trace)
 
 
-def _train(c, workdir: str, mesh) -> dict:
+def _train(c, workdir: str, mesh, trace: profile_lib.Steps) -> dict:
   # ---- Data. A batch is a function of the step: nothing else to save or restore.
   text = load_tokenizer(c, workdir)
   store, fingerprint = training_documents(c, text)
@@ -126,6 +129,7 @@ def _train(c, workdir: str, mesh) -> dict:
     f"{c.train.batch_size} x {length:,} tokens a step\n"
     f"workdir: {workdir}" + (f", continued after step {first}" if first else "")
   )
+  trace.plan(first, c.train.steps)
 
   # ---- The loop. Metrics of a step are read when the next is under way: the device never waits.
   step_fn = step_lib.train_step(
@@ -137,6 +141,7 @@ def _train(c, workdir: str, mesh) -> dict:
   )
   subject_of = subject_lib.make(c, mesh, model, text)
   learning_rate = schedule(c.train)
+  learning_rate(first)  # compiles its operations here, not beside a step
   pending = None
 
   def finish(pending):
@@ -163,12 +168,17 @@ def _train(c, workdir: str, mesh) -> dict:
   for step, batch in enumerate(batches_lib.prefetch(batch_of, first, c.train.steps), first + 1):
     if c.data.positions == "clex":  # positions and frequencies of a step share their t
       rope = resolve.training_rope(c, arrange.time(step - 1))
-    trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
+    with trace.step(step, trainable):
+      trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
     if pending:
       finish(pending)
     pending = step, values
     due = _due(c, step)
     saves = step % c.checkpoint.every == 0 or step == c.train.steps
+    if trace.ends(step, interrupted=bool(due or saves)):
+      jax.block_until_ready(trainable)
+      with metrics.paused():
+        trace.end(step)
     if due or saves:
       finish(pending)  # nothing that is not finite is ever saved
       pending = None
@@ -189,11 +199,12 @@ def _train(c, workdir: str, mesh) -> dict:
   return results
 
 
-def evaluate(c, workdir: str) -> dict:
+def evaluate(c, workdir: str, profile: bool = False) -> dict:
   """The evaluations of a config on the newest checkpoint of a workdir.
 
   If the workdir holds no run, the model of config.init_from is evaluated as it is. Of a trained
   run, rope.context and rope.factor may differ, to look beyond the context that it was trained for.
+  With `profile`, the forward pass of the longest batch runs once more, to profile/ and profile.txt.
   """
   rows = max([e.batch_size for e in c.evals.values()], default=1)
   with _opened(c, workdir, rows, evals.lengths(c)) as subject:
@@ -202,7 +213,12 @@ def evaluate(c, workdir: str) -> dict:
       # That of a run stays: it says what was trained, not what is evaluated.
       os.makedirs(workdir, exist_ok=True)
       config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
-    return _evaluate(c, workdir, subject)
+    if not profile:
+      return _evaluate(c, workdir, subject)
+    longest = profile_lib.Longest()
+    results = _evaluate(c, workdir, longest.watch(subject))
+    longest.trace(workdir)
+    return results
 
 
 def generate(c, workdir: str, prompts: list[str], max_new_tokens: int, **options) -> list[str]:

@@ -13,6 +13,7 @@ from rope_jax.model.attention import ROWS
 from rope_jax.model.context import AXIS as CONTEXT
 
 
+@jax.named_scope("loss")
 def token_losses(hidden_BxLxD, unembedding_DxV, targets_BxL, chunk: int) -> jax.Array:
   """Negative log-likelihood of each target, float32 [B, L], in nats.
 

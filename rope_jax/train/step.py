@@ -67,11 +67,13 @@ def train_step(
       (total, grads), _ = jax.lax.scan(accumulate, zeros, micros)
     tokens = jnp.sum(batch["weights"])
     grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1).astype(g.dtype), grads)
-    updates, opt_state = optimizer.update(grads, opt_state, trainable)
+    with jax.named_scope("optimizer"):
+      updates, opt_state = optimizer.update(grads, opt_state, trainable)
+      trainable = optax.apply_updates(trainable, updates)
     metrics = dict(
       loss=total / jnp.maximum(tokens, 1), grad_norm=optax.global_norm(grads), tokens=tokens
     )
-    return optax.apply_updates(trainable, updates), opt_state, metrics
+    return trainable, opt_state, metrics
 
   out = None if placement is None else (*placement, None)
   return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
