@@ -1,7 +1,9 @@
 """What the entry points share: the flag --config, and errors as one line."""
 
 import functools
+import hashlib
 import os
+import platform
 import re
 import sys
 
@@ -33,6 +35,7 @@ def given_config():
 def start(main) -> None:
   """Calls main(arguments), where --config may be left out; bad input exits with 2."""
   logging.set_verbosity(logging.ERROR)  # libraries' chatter; our own output is printed
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _programs())  # jax is not imported yet
   try:
     app.run(main, flags_parser=parse)
   except FloatingPointError as error:
@@ -148,6 +151,21 @@ def finish(results: dict, runs: dict, workdir: str, html: bool) -> None:
     paths.append(os.path.join(workdir, "report.html"))
     html_lib.write([workdir], paths[-1])
   print("\n" + "\n".join(paths))
+
+
+def _programs() -> str:
+  """Where compiled programs are kept for the next start; another directory for another machine.
+
+  Programs for a CPU are made of its instructions, and many machines may share a home.
+  """
+  try:
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+      cpu = next((line for line in f if line.startswith(("flags", "Features"))), "")
+  except OSError:
+    cpu = platform.processor()
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  name = f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
+  return os.path.join(home, "rope_jax", "programs", name)
 
 
 def _config_argument() -> tuple[str, str]:

@@ -16,6 +16,7 @@ import time
 from importlib import metadata
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler is for TPU, this process is not
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # programs for devices that are not here
 for name, value in dict(
   TPU_SKIP_MDS_QUERY="1",  # do not ask what machine this is
   TPU_WORKER_HOSTNAMES="localhost",  # nor complain that nobody answers

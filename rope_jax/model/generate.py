@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from rope_jax import compiler
 from rope_jax.model import attention, cache, context
 from rope_jax.model.config import ON_CHANGE
 from rope_jax.model.llama import Llama, unembedding
@@ -72,9 +73,9 @@ class Generator:
     self._empty = jax.jit(
       functools.partial(cache.empty, model.config, rotated=self.rotated), static_argnums=1
     )
-    self._forward = jax.jit(self._forward_, donate_argnums=1)
+    self._forward = compiler.jit(self._forward_, donate_argnums=1)
     self._sample = jax.jit(functools.partial(_sample, vocab_size))
-    self._decode = jax.jit(self._decode_, donate_argnums=1)
+    self._decode = compiler.jit(self._decode_, donate_argnums=1)
 
   def __call__(
     self,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rope_jax import evals
+from rope_jax import compiler, evals
 from rope_jax.rope import Rope
 from rope_jax.train import sharding
 from rope_jax.train import step as step_lib
@@ -119,7 +119,7 @@ class TokenFitness:
     n = len(self._data.tokens)
     samples = min(samples, n) or n
     if self._descend is None:
-      self._descend = jax.jit(jax.grad(self._row_loss))
+      self._descend = compiler.jit(jax.grad(self._row_loss))
     inv_freq = jnp.asarray(base.inv_freq, jnp.float32)
     rope = self._rope_of(candidate)
     total = np.zeros(len(candidate.factors))

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
+from rope_jax import compiler
 from rope_jax.model import attention
 from rope_jax.model.llama import Llama, unembedding
 from rope_jax.train.loss import token_losses
@@ -76,7 +77,7 @@ def train_step(
     return trainable, opt_state, metrics
 
   out = None if placement is None else (*placement, None)
-  return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
+  return compiler.jit(step, donate_argnums=(0, 1), out_shardings=out)
 
 
 def token_loss(model: Llama, *, chunk: int, rope_by_row: bool = False) -> Callable:
@@ -96,7 +97,7 @@ def token_loss(model: Llama, *, chunk: int, rope_by_row: bool = False) -> Callab
       losses = jax.lax.with_sharding_constraint(losses, P())
     return losses[:, :-1]
 
-  return jax.jit(losses)
+  return compiler.jit(losses)
 
 
 @functools.cache  # a jitted function compiles once; evaluations ask for it again and again
@@ -114,4 +115,4 @@ def token_predictions(model: Llama, *, chunk: int) -> Callable:
       found = jax.lax.with_sharding_constraint(found, P())
     return found
 
-  return jax.jit(predictions)
+  return compiler.jit(predictions)
