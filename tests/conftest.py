@@ -21,6 +21,7 @@ def _caches(monkeypatch, tmp_path_factory):
   """Prepared corpora and token caches of the tests, shared between them, not with the user."""
   base = tmp_path_factory.getbasetemp()
   monkeypatch.setenv("ROPE_JAX_DATA", str(base / "data"))
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(base / "programs"))
 
 
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,7 @@ import pytest
 import tiny
 
 from rope_jax.model import attention
+from rope_jax.model import blockwise as kernel
 from rope_jax.model.config import ModelConfig
 
 
@@ -92,6 +93,68 @@ def test_blockwise_memory_is_linear_in_length():
 
   assert temporary_bytes(blocks, 4096) < 2.2 * temporary_bytes(blocks, 2048)
   assert temporary_bytes(attention.dense, 4096) > 3.5 * temporary_bytes(attention.dense, 2048)
+
+
+def test_tiles_that_segments_hide_are_not_touched():
+  """Where one was computed and masked, weights of zero would still multiply NaN."""
+  q, k, v, weights = inputs(L=96)
+  ids = jnp.repeat(jnp.arange(3), 32)[None].repeat(2, 0)
+  spoilt = [x.at[:, 32:64].set(jnp.nan) for x in (k, v)]
+
+  def run(k, v):
+    def loss(q, k, v):
+      out = blockwise(q, k, v, ids, block_q=16, block_k=8)
+      return (out * weights).sum(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return out, *grads
+
+  kept = np.r_[:32, 64:96]
+  for got, expected in zip(run(*spoilt), run(k, v)):
+    np.testing.assert_array_equal(got[:, kept], expected[:, kept])
+    assert jnp.isfinite(expected).all()
+
+
+@pytest.mark.parametrize("window", [0, 21])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("blocks", [(16, 8), (8, 16), (12, 20)])
+def test_tiles_are_skipped_or_left_unmasked_as_their_masks_say(window, packed, blocks):
+  B, L, block_q, block_k = 2, 240, *blocks
+  visible = jnp.arange(L) + 1
+  hidden = visible - window if window else None
+  ids = segments(B, L) // 3 if packed else None
+  q, k, v, _ = (x.swapaxes(1, 2) for x in inputs(B, L))
+  *_, mask = kernel._tiled(q, k, v, visible, hidden, ids, ids, block_q, block_k)
+  ours = kernel._order(mask), kernel._order(mask, by_keys=True)
+  sees = np.arange(L) < np.asarray(visible)[:, None]
+  if window:
+    sees &= np.arange(L) >= np.asarray(hidden)[:, None]
+  sees = np.broadcast_to(sees, (B, L, L))
+  if packed:
+    ids = np.asarray(ids)
+    sees = sees & (ids[:, :, None] == ids[:, None, :])
+  tiles = sees.reshape(B, L // block_q, block_q, L // block_k, block_k)
+  whole, seen = tiles.all((2, 4)), tiles.any((2, 4))
+  for (order, wholes, seens), w, s in zip(
+    ours, (whole, whole.swapaxes(1, 2)), (seen, seen.swapaxes(1, 2))
+  ):
+    order, wholes, seens = (np.broadcast_to(x, (B, *x.shape[1:])) for x in (order, wholes, seens))
+    for b, i in np.ndindex(*wholes.shape):
+      unmasked, touched = order[b, i, : wholes[b, i]], order[b, i, : seens[b, i]]
+      assert set(unmasked) == set(np.flatnonzero(w[b, i]))
+      assert set(touched) >= set(np.flatnonzero(s[b, i]))
+      if not packed:  # of segments only their ranges in a block are known
+        assert set(touched) == set(np.flatnonzero(s[b, i]))
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 64])
+@pytest.mark.parametrize("length", [1, 100, 2048, 65_536])
+def test_tiles_grow_with_the_length_and_not_with_the_heads(group, length):
+  block_q, block_k = kernel.block_sizes(group, length, length)
+  assert 1 <= block_q <= length and 1 <= block_k <= length
+  assert group * block_q <= max(2048, 128 * group)
+  assert block_q * 8 >= min(length, 8 * 16)
+  assert kernel.block_sizes(group, length, length, 16, 24) == (min(16, length), min(24, length))
 
 
 @pytest.mark.parametrize("L", [129, 255, 257])

@@ -11,7 +11,7 @@ import pytest
 
 from rope_jax import config, resolve, rope
 from rope_jax.export import files
-from rope_jax.train import state
+from rope_jax.train import ahead, sharding, state
 from rope_jax.weights import families, names
 
 LOAD = """
@@ -55,3 +55,22 @@ def test_a_checkpoint_is_never_twice_in_memory(tmp_path, devices):
   assert size == sum(t.nbytes for t in tensors) > 4e8
   assert grown < 1.3 * size
   assert shard * devices == 20 * 1024 * 2048 * 2
+
+
+@pytest.mark.parametrize("remat", ["full", "attention", "matmuls"])
+@pytest.mark.parametrize("trainable", ["adapters", "all"])
+def test_a_training_step_needs_memory_linear_in_the_length(remat, trainable):
+  c = config.base()
+  c.model.update(vocab_size=512, num_layers=2, d_model=64, num_heads=2, num_kv_heads=1, head_dim=32,
+                 d_ff=128, remat=remat)  # fmt: skip
+  c.rope.update(original_context=4096, context=65_536, scaling="yarn", phase="psc")
+  c.lora.rank = 4
+  c.train.update(trainable=trainable, batch_size=1)
+  mesh = sharding.make_mesh(c.mesh, 1, devices=jax.devices()[:1])
+
+  def temporary(length):
+    c.data.length = length
+    return ahead.lower(c, mesh).compile().memory_analysis().temp_size_in_bytes
+
+  sizes = [temporary(length) for length in (16_384, 32_768, 65_536)]
+  assert all(b <= 2.1 * a for a, b in zip(sizes, sizes[1:])), sizes

@@ -24,6 +24,7 @@ SMALL = dict(
 )  # fmt: skip
 PROMPT, NEW = 512, 64  # tokens of `generate`
 BATCHES = (1, 8)
+WARM = 2048  # tokens beyond which a run is long: it is not run once for nothing
 COMPILE_LENGTH = 8192
 OVERHEAD_LENGTH = 8192  # at most
 COMPILED_LENGTH = 32_768  # at most, of the real model's step that is compiled and not executed

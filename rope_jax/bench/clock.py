@@ -11,9 +11,14 @@ from collections.abc import Callable
 _RUNS, _ENOUGH = 5, 2.0  # short runs are repeated, as long as they take no more seconds together
 
 
-def timed(run: Callable[[], object]) -> list[float]:
-  """Seconds of each run, after one that compiles and warms up; `run` waits for its result."""
-  run()
+def timed(run: Callable[[], object], warm_up: Callable[[], object] | None = None) -> list[float]:
+  """Seconds of each run, after `warm_up`, or one run that counts for nothing.
+
+  Args:
+    run: waits for its result.
+    warm_up: for long runs, less of the same.
+  """
+  (warm_up or run)()
   seconds: list[float] = []
   while not seconds or len(seconds) < _RUNS and sum(seconds) < _ENOUGH:
     began = time.perf_counter()

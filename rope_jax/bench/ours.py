@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rope_jax import bench, config, presets, resolve
+from rope_jax import bench, compiler, config, presets, resolve
 from rope_jax import rope as rope_lib
 from rope_jax.bench import clock
 from rope_jax.data.batches import KEYS
@@ -21,15 +21,11 @@ from rope_jax.train import step as step_lib
 from rope_jax.train.optimizer import optimizer
 
 
-def jit(function, **options):
-  return jax.jit(function, **options)
-
-
 def limits(spec: dict) -> dict:
   """A square product with a float32 result, or x + 1 in place."""
   if spec["what"] == "copy":
     held = [jnp.zeros(spec["mebibytes"] * 2**18, jnp.float32)]
-    add = jit(lambda x: x + 1, donate_argnums=0)
+    add = compiler.jit(lambda x: x + 1, donate_argnums=0)
 
     def run():
       held[0] = add(held[0]).block_until_ready()
@@ -37,7 +33,7 @@ def limits(spec: dict) -> dict:
     return dict(seconds=clock.timed(run), bytes=2 * held[0].nbytes)
   n, (a, b) = spec["size"], jax.random.split(jax.random.key(0))
   a, b = (jax.random.normal(key, (n, n)).astype(spec["dtype"]) for key in (a, b))
-  product = jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+  product = compiler.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
   return dict(seconds=clock.timed(lambda: product(a, b).block_until_ready()), flops=2 * n**3)
 
 
@@ -54,11 +50,19 @@ def forward(spec: dict) -> dict:
       return jnp.einsum("bd,dv->bv", hidden, matrix, preferred_element_type=jnp.float32)
 
     losses = spec["what"] == "losses"
-    function = step_lib.token_loss(model, chunk=c.train.loss_chunk) if losses else jit(last)
-    out = clock.start()
-    seconds = clock.timed(lambda: jax.block_until_ready(function(variables, tokens, rope)))
+    function = (
+      step_lib.token_loss(model, chunk=c.train.loss_chunk) if losses else compiler.jit(last)
+    )
+    out, found = clock.start(), None
+    function = function.lower(variables, tokens, rope).compile()
+
+    def run():
+      nonlocal found
+      found = jax.block_until_ready(function(variables, tokens, rope))
+
+    seconds = clock.timed(run, _nothing if length > bench.WARM else None)
     if losses:
-      out["loss"] = float(function(variables, tokens, rope).mean())
+      out["loss"] = float(found.mean())
   outputs = length if losses else 1
   return dict(out, seconds=seconds, flops=forward_flops(model.config, length, outputs))
 
@@ -80,12 +84,13 @@ def train(spec: dict) -> dict:
     held = [trainable, opt_state]
     del trainable, opt_state  # they are donated
     out = clock.start()
+    step = step.lower(*held, frozen, batch, rope).compile()
 
     def run():
       *held[:], metrics = jax.block_until_ready(step(*held, frozen, batch, rope))
       losses.append(float(metrics["loss"]))
 
-    seconds = clock.timed(run)
+    seconds = clock.timed(run, _nothing if length > bench.WARM else None)
   each = flops.train_flops_per_token(from_config(c), length, adapters, base_is_trained=False)
   return dict(out, seconds=seconds, loss=losses[0], flops=each * length, trained=adapters)
 
@@ -109,9 +114,12 @@ def overhead(spec: dict) -> dict:
     for name, h in heads.items()
   }
 
+  def by_channel(rope, positions):
+    return rope_lib.by_channel(*rope_lib.cos_sin(rope, positions))
+
   def rotations(x, cos, sin):
     def layer(x, _):
-      return {name: rope_lib.rotate(x[name], cos, sin) for name in x}, None
+      return {name: rope_lib.rotate_channels(x[name], cos, sin) for name in x}, None
 
     return jax.lax.scan(layer, x, None, length=m.num_layers)[0]
 
@@ -121,7 +129,7 @@ def overhead(spec: dict) -> dict:
 
     return jax.lax.scan(layer, x, phases)[0]
 
-  angles, rotate, calibrate = jit(rope_lib.cos_sin), jit(rotations), jit(calibrations)
+  angles, rotate, calibrate = (compiler.jit(f) for f in (by_channel, rotations, calibrations))
   cos, sin = angles(rope, positions)
   return dict(
     angles=clock.timed(lambda: jax.block_until_ready(angles(rope, positions))),
@@ -195,6 +203,10 @@ MEASURES = dict(
   memory=memory,
   compile=compilation,
 )
+
+
+def _nothing() -> None:
+  """The warm-up of a program that is compiled: long runs need no other."""
 
 
 # ---- Floating-point operations.

@@ -30,13 +30,14 @@ def forward(spec: dict) -> dict:
   options = dict(labels=ids) if losses else dict(logits_to_keep=1)
   out = clock.start()
 
-  def run():
-    return model(ids, use_cache=False, **options)
+  def run(tokens: int = spec["length"]):
+    part = {k: v[:, :tokens] if k == "labels" else v for k, v in options.items()}
+    result = model(ids[:, :tokens], use_cache=False, **part)
+    if losses:
+      out["loss"] = float(result.loss)
 
   with torch.inference_mode():
-    seconds = clock.timed(run)
-    if losses:
-      out["loss"] = float(run().loss)
+    seconds = clock.timed(run, lambda: run(min(spec["length"], bench.WARM)))
   return dict(out, seconds=seconds)
 
 
@@ -65,7 +66,11 @@ def train(spec: dict) -> dict:
     optimizer.zero_grad()
     losses.append(float(loss.detach()))
 
-  seconds = clock.timed(run)
+  def warm_up():
+    with torch.no_grad():
+      model(input_ids=ids[:, : bench.WARM], labels=ids[:, : bench.WARM])
+
+  seconds = clock.timed(run, warm_up if spec["length"] > bench.WARM else None)
   return dict(out, seconds=seconds, loss=losses[0], trained=sum(p.numel() for p in trained))
 
 

@@ -65,7 +65,7 @@ def _chunked(hidden_BxLxD, unembedding_DxV, targets_BxL, chunk, parts):
     )
     if parts == 1:
       own_BxC = jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
-      return jax.nn.logsumexp(logits_BxCxV, axis=-1) - own_BxC
+      return _logsumexp(logits_BxCxV) - own_BxC
     maximum = jax.lax.pmax(jax.lax.stop_gradient(logits_BxCxV.max(-1)), "tensor")
     total = jax.lax.psum(jnp.exp(logits_BxCxV - maximum[..., None]).sum(-1), "tensor")
     here = targets_BxC - first
@@ -79,3 +79,33 @@ def _chunked(hidden_BxLxD, unembedding_DxV, targets_BxL, chunk, parts):
   targets = targets.reshape(B, chunks, chunk).swapaxes(0, 1)
   losses = jax.lax.map(lambda x: one(*x), (hidden, targets))
   return losses.swapaxes(0, 1).reshape(B, L + padding)[:, :L]
+
+
+@jax.custom_vjp
+def _logsumexp(x):
+  """log(sum(exp(x))) over the last axis, finite.
+
+  As `jax.nn.logsumexp`, but on CPU, where XLA is slow at a sum whose terms it makes on the way
+  (fifteen times the time, jax 0.10.2), the terms are made first, and summed by a product.
+  """
+  maximum = x.max(-1)
+  terms = jnp.exp(x - maximum[..., None])
+
+  def product(terms):
+    return jnp.matmul(terms, jnp.ones(terms.shape[-1], terms.dtype), precision="highest")
+
+  total = jax.lax.platform_dependent(terms, cpu=product, default=lambda terms: terms.sum(-1))
+  return maximum + jnp.log(total)
+
+
+def _logsumexp_forward(x):
+  out = _logsumexp(x)
+  return out, (x, out)
+
+
+def _logsumexp_backward(kept, d_out):
+  x, out = kept
+  return (jnp.exp(x - out[..., None]) * d_out[..., None],)
+
+
+_logsumexp.defvjp(_logsumexp_forward, _logsumexp_backward)
