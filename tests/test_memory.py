@@ -57,9 +57,9 @@ def test_a_checkpoint_is_never_twice_in_memory(tmp_path, devices):
   assert shard * devices == 20 * 1024 * 2048 * 2
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "matmuls"])
-@pytest.mark.parametrize("trainable", ["adapters", "all"])
-def test_a_training_step_needs_memory_linear_in_the_length(remat, trainable):
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable, remat", [("adapters", "attention"), ("all", "full")])
+def test_a_training_step_needs_memory_linear_in_the_length(trainable, remat):
   c = config.base()
   c.model.update(vocab_size=512, num_layers=2, d_model=64, num_heads=2, num_kv_heads=1, head_dim=32,
                  d_ff=128, remat=remat)  # fmt: skip
@@ -72,5 +72,4 @@ def test_a_training_step_needs_memory_linear_in_the_length(remat, trainable):
     c.data.length = length
     return ahead.lower(c, mesh).compile().memory_analysis().temp_size_in_bytes
 
-  sizes = [temporary(length) for length in (16_384, 32_768, 65_536)]
-  assert all(b <= 2.1 * a for a, b in zip(sizes, sizes[1:])), sizes
+  assert temporary(65_536) <= 2.1 * temporary(32_768)
