@@ -16,6 +16,9 @@ PARTS = flags.DEFINE_list(
   "parts", ["limits", "forward", "train", "overhead", "generate", "memory", "compile"], "Which."
 )
 LENGTHS = flags.DEFINE_list("lengths", ["2048", "4096", "8192", "16384"], "Tokens of a sequence.")
+TRAIN_LENGTHS = flags.DEFINE_list(
+  "train_lengths", None, "Tokens of a training step; default: those of --lengths up to 8192."
+)
 DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of weights and products.")
 REPEATS = flags.DEFINE_integer("repeats", 2, "Processes of each; the best counts.", lower_bound=1)
 MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "tiny"], "SmolLM2-135M, or a toy.")
@@ -40,6 +43,7 @@ def main(argv):
   settings = bench.settings(
     parts=PARTS.value,
     lengths=LENGTHS.value,
+    train_lengths=TRAIN_LENGTHS.value,
     dtypes=DTYPES.value,
     repeats=REPEATS.value,
     model=MODEL.value,

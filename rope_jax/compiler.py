@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-# XLA for CPU takes half of a 512-bit vector unit unless told otherwise: softmax and SiLU take twice
-# as long. Where there is no such unit, and for other devices, it changes nothing.
+# XLA for CPU takes half of a 512-bit vector unit unless told otherwise, and exponentials twice as
+# long. Where there is no such unit, and for other devices, it changes nothing.
 _OPTIONS = dict(xla_cpu_prefer_vector_width=512)
 
 

@@ -83,6 +83,7 @@ def test_a_measurement_has_a_process_of_its_own_and_a_rerun_starts_none(tmp_path
     (["--lengths=128,0"], "--lengths=128,0"),
     (["--lengths=-5"], "--lengths=-5"),
     (["--memory_lengths=1k"], "--memory_lengths=1k"),
+    (["--train_lengths=x"], "--train_lengths=x"),
     (["--dtypes=float16"], "--dtypes=float16"),
     (["--repeats=0"], "repeats"),
     (["--model=huge"], "model"),
@@ -128,6 +129,8 @@ def test_sides_alternate_and_no_measurement_is_planned_twice():
   cell = bench.forward(settings(), "losses", 64, "float32")
   order = [(spec["side"], r) for spec, r in planned if spec == dict(cell, side=spec["side"])]
   assert order == [("ours", 0), ("peer", 0), ("ours", 1), ("peer", 1)]
+  assert settings(lengths=["4096", "16384"]).train_lengths == (4096,)
+  assert settings(lengths=["16384"], train_lengths=["32768"]).train_lengths == (32_768,)
   alone = bench.plan(settings(peer=False))
   assert {spec["side"] for spec, _ in alone} == {"ours"}
 
@@ -229,7 +232,7 @@ def test_the_page_has_its_marks_and_the_command_its_flags():
   document.check(str(ROOT / "docs" / "performance.md"))
   s = settings(parts=["forward"], peer=False)
   assert s.command().split() == [
-    "python", "launch/bench.py", "--parts=forward", "--lengths=64", "--dtypes=float32",
-    "--repeats=1", "--model=tiny", "--memory_lengths=32,64", "--nopeer",
+    "python", "launch/bench.py", "--parts=forward", "--lengths=64", "--train_lengths=64",
+    "--dtypes=float32", "--repeats=1", "--model=tiny", "--memory_lengths=32,64", "--nopeer",
   ]  # fmt: skip
   assert dataclasses.replace(bench.Settings()).command() == "python launch/bench.py"

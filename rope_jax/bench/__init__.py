@@ -26,7 +26,7 @@ PROMPT, NEW = 512, 64  # tokens of `generate`
 BATCHES = (1, 8)
 WARM = 2048  # tokens beyond which a run is long: it is not run once for nothing
 COMPILE_LENGTH = 8192
-OVERHEAD_LENGTH = 8192  # at most
+OVERHEAD_LENGTH = TRAIN_LENGTH = 8192  # at most
 COMPILED_LENGTH = 32_768  # at most, of the real model's step that is compiled and not executed
 LORA_RANK = 8
 
@@ -37,6 +37,7 @@ class Settings:
 
   parts: tuple[str, ...] = PARTS
   lengths: tuple[int, ...] = (2048, 4096, 8192, 16_384)
+  train_lengths: tuple[int, ...] = (2048, 4096, 8192)
   dtypes: tuple[str, ...] = DTYPES
   repeats: int = 2
   model: str = "smollm2"
@@ -60,15 +61,23 @@ class Settings:
     return " ".join(words)
 
 
-def settings(*, parts, lengths, dtypes, repeats, model, memory_lengths, peer) -> Settings:
+def settings(
+  *, parts, lengths, dtypes, repeats, model, memory_lengths, peer, train_lengths=None
+) -> Settings:
   """Settings from the values of flags, lists being lists of words.
+
+  `train_lengths` are by default those of `lengths` that transformers can train in 24 GB.
 
   Raises:
     ValueError: naming the flag.
   """
+  lengths = _numbers("lengths", lengths)
+  if train_lengths is None:
+    train_lengths = [str(n) for n in lengths if n <= TRAIN_LENGTH] or [str(lengths[0])]
   return Settings(
     parts=_some("parts", parts, PARTS),
-    lengths=_numbers("lengths", lengths),
+    lengths=lengths,
+    train_lengths=_numbers("train_lengths", train_lengths),
     dtypes=_some("dtypes", dtypes, DTYPES),
     repeats=repeats,
     model=_some("model", [model], MODELS)[0],
@@ -164,7 +173,7 @@ def _forward(s: Settings) -> Iterator:
 def _train(s: Settings) -> Iterator:
   for dtype in s.dtypes:
     yield matmul(s, dtype), ("ours",)
-    for length in s.lengths:
+    for length in s.train_lengths:
       yield train(s, "lora", length, dtype), SIDES
       yield train(s, "lora+psc", length, dtype), ("ours",)
 

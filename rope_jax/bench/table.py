@@ -61,7 +61,7 @@ def _limit(found: Found, spec: dict, what: str, work: float) -> dict[str, str]:
 
 
 def _forward(found: Found) -> list[str]:
-  return ["Forward pass", *_work(found, bench.forward, bench.FORWARD)]
+  return ["Forward pass", *_work(found, bench.forward, bench.FORWARD, found.settings.lengths)]
 
 
 def _train(found: Found) -> list[str]:
@@ -69,20 +69,24 @@ def _train(found: Found) -> list[str]:
     "One sequence, the base frozen, rank 8 on q, k, v and o. PSC is compared with nothing: "
     "transformers has none."
   )
-  return ["Training step", *_work(found, bench.train, bench.TRAIN), note]
+  return [
+    "Training step",
+    *_work(found, bench.train, bench.TRAIN, found.settings.train_lengths),
+    note,
+  ]
 
 
-def _work(found: Found, cell, whats: tuple[str, ...]) -> list[str]:
+def _work(found: Found, cell, whats: tuple[str, ...], lengths: tuple[int, ...]) -> list[str]:
   """Tables of speed and memory by length, and of the cost by length."""
   s, rows, fits = found.settings, [], []
   for what in whats:
     for dtype in s.dtypes:
-      specs = [cell(s, what, length, dtype) for length in s.lengths]
+      specs = [cell(s, what, length, dtype) for length in lengths]
       rows += [_row(found, spec) for spec in specs]
       times = [(spec["length"], found.least(spec)) for spec in specs]
       fits += _fit(what, dtype, [(length, t) for length, t in times if t])
   caption = "Our time by length, a L + b L² fitted to the rows above:" if fits else ""
-  return [markdown(rows), _agreement(found, cell, whats), caption, markdown(fits)]
+  return [markdown(rows), _agreement(found, cell, whats, lengths), caption, markdown(fits)]
 
 
 def _row(found: Found, spec: dict) -> dict[str, str]:
@@ -111,13 +115,13 @@ def _fit(what: str, dtype: str, times: list[tuple[int, float]]) -> list[dict[str
   }]  # fmt: skip
 
 
-def _agreement(found: Found, cell, whats: tuple[str, ...]) -> str:
+def _agreement(found: Found, cell, whats: tuple[str, ...], lengths: tuple[int, ...]) -> str:
   """That both did the same work: the same loss. The weights of the toy differ."""
   s, parts = found.settings, []
   for dtype in s.dtypes if s.model == "smollm2" else ():
     pairs = [
       [found.least(cell(s, whats[0], length, dtype), side, "loss") for side in bench.SIDES]
-      for length in s.lengths
+      for length in lengths
     ]
     gaps = [abs(a - b) for a, b in pairs if None not in (a, b)]
     parts += [f"{max(gaps):.1e} nats in {dtype}"] if gaps else []
