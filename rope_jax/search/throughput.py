@@ -33,6 +33,8 @@ def measure(c, workdir: str, candidates: int) -> str:
   Raises:
     ValueError: if the fitness is not one of tokens.
   """
+  # Programs kept from an earlier measurement would not be compiled.
+  jax.config.update("jax_enable_compilation_cache", False)
   stage, entry = settings.stage(c, workdir), settings.fitness_entry(c)
   space = Space(stage.rope, stage.factor, (), c.seed)
   rng = np.random.default_rng(c.seed)
