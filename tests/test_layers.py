@@ -50,9 +50,9 @@ def test_each_layer_has_its_own():
 def residual(m, params, x, r):
   """What the only layer of a model makes of the residual stream x."""
   layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
-  cos_sin = rope.cos_sin(r, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+  angles = rope.by_channel(*rope.cos_sin(r, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])))
   apply = jax.jit(Block(m.config).apply)
-  return apply(dict(params=layer), (x, None), None, [cos_sin], [], {}, None)[0][0]
+  return apply(dict(params=layer), (x, None), None, [angles], [], {}, None)[0][0]
 
 
 def test_heads_of_a_group_turn_with_their_key():

@@ -124,10 +124,17 @@ def products_in_the_gradient(remat):
 def test_remat_policies_trade_memory_for_products_and_change_no_gradient():
   assert set(REMAT_POLICIES) == set(model_config.REMAT)
   runs = {name: products_in_the_gradient(name) for name in model_config.REMAT}
-  for grads, _ in runs.values():
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, runs["none"][0]
-    )
+  for name, (grads, _) in runs.items():
+    if name != "none":  # what is computed again is the same, bit for bit
+      jax.tree.map(np.testing.assert_array_equal, grads, runs["full"][0])
+  # Against `none`, XLA for CPU may fuse the multiplications and additions of a rotation in another
+  # way. Entries of these gradients are sums of terms up to a thousand times as large, of either
+  # sign: what is rounded is rounded at the size of those.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max()),
+    runs["full"][0],
+    runs["none"][0],
+  )
   products = {name: n for name, (_, n) in runs.items()}
   order = ("matmuls", "qkv", "attention", "full")
   assert all(products[a] < products[b] for a, b in itertools.pairwise(order)), products
