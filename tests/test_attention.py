@@ -117,7 +117,7 @@ def test_tiles_that_segments_hide_are_not_touched():
 
 @pytest.mark.parametrize("window", [0, 21])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("blocks", [(16, 8), (8, 16), (12, 20)])
+@pytest.mark.parametrize("blocks", [(16, 8), (8, 16), (12, 20), (15, 16)])
 def test_tiles_are_skipped_or_left_unmasked_as_their_masks_say(window, packed, blocks):
   B, L, block_q, block_k = 2, 240, *blocks
   visible = jnp.arange(L) + 1
