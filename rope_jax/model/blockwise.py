@@ -186,7 +186,8 @@ def _order(mask: _Mask, by_keys: bool = False):
 
   Returns:
     int32 (order [B, rows, columns], whole [B, rows], seen [B, rows]): numbers of blocks of keys,
-    how many of them are seen by all queries, and how many by any; B is 1 without segments.
+    how many of them are seen by all queries, and how many by any, those included; B is 1 without
+    segments.
   """
   last_keys = mask.first_keys + mask.block_k
   seen = seen_blocks((mask.visible, mask.hidden), mask.first_keys, mask.block_k)[None]
@@ -203,7 +204,6 @@ def _order(mask: _Mask, by_keys: bool = False):
     whole = whole & (low_q == high_k) & (low_k == high_q)
   if by_keys:
     seen, whole = seen.swapaxes(1, 2), whole.swapaxes(1, 2)
-  whole = whole & seen
   kind = 2 - seen.astype(jnp.int32) - whole
   counts = (x.sum(-1, dtype=jnp.int32) for x in (whole, seen))
   return jnp.argsort(kind, axis=-1, stable=True), *counts
