@@ -37,6 +37,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
 
+  cli.check_directory("workdir", WORKDIR.value)
   from rope_jax import bench
   from rope_jax.bench import document, process, table
 

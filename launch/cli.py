@@ -1,5 +1,14 @@
-"""What the entry points share: the flag --config, and errors as one line."""
+"""What the entry points share: the flag --config, errors as one line, and exit codes.
 
+0  done
+2  bad input: another command is needed
+3  numbers that are not finite, and the run gave up
+74 the disk: full, read-only, or a file cannot be written; the same command goes on
+75 preempted: the same command goes on (rope_jax/train/preemption.py)
+"""
+
+import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -10,6 +19,9 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from rope_jax.errors import DiskError, Preempted
+
+_NUMBERS, _DISK = 3, 74
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with ':arguments' if any.")
 
 
@@ -19,7 +31,7 @@ def run(main) -> None:
 
   def call(argv):
     if len(argv) > 1:
-      raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+      fail(f"unexpected arguments: {argv[1:]}")
     file, arguments = _config_argument()
     name = os.path.splitext(os.path.basename(file))[0]
     main(_CONFIG.value, "-".join(filter(None, [name, arguments.replace(os.sep, "_")])))
@@ -34,18 +46,29 @@ def given_config():
 
 def start(main) -> None:
   """Calls main(arguments), where --config may be left out; bad input exits with 2."""
-  logging.set_verbosity(logging.ERROR)  # libraries' chatter; our own output is printed
+  # Libraries' chatter: what is an error they raise, too. Our own output is printed.
+  logging.set_verbosity(logging.FATAL)
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _programs())  # jax is not imported yet
   try:
     app.run(main, flags_parser=parse)
   except FloatingPointError as error:
-    fail(error)
+    fail(error, _NUMBERS)
   except ValueError as error:
-    if not re.search(r"config\.|--\w+=", str(error)):
+    if not re.search(r"config\.|--\w+", str(error)):
       raise  # not of the user's making: a bug, with its traceback
     fail(error)
+  except Preempted as error:
+    fail(f"preempted: {error}", Preempted.EXIT_CODE)
+  except DiskError as error:
+    with contextlib.suppress(SystemExit):
+      fail(error, _DISK)
+    os._exit(_DISK)  # what was still being written would only say at length that it cannot be
   except BrokenPipeError:  # e.g. piped into head
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+      raise
+    fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}", _DISK)
 
 
 def runs_of(c) -> dict:
@@ -62,10 +85,11 @@ def validated_runs(c, platform: str | None = None, runs: dict | None = None) -> 
   process, which joins the others of its run if there are any. `runs`: some of them, instead of all.
   """
   from rope_jax import validate
-  from rope_jax.train import multihost
+  from rope_jax.train import multihost, preemption
 
   if platform is None:
     multihost.initialize()
+    preemption.install()
   runs = runs_of(c) if runs is None else runs
   for name, run in runs.items():
     checked(name, functools.partial(validate.validate, inputs=platform is None), run, platform)
@@ -112,9 +136,19 @@ def define_workdir():
   def workdir(config_name):
     if flag.value.startswith("gs://"):
       fail(f"--workdir={flag.value}: mount the bucket (gcsfuse) and give the directory")
+    check_directory("workdir", flag.value)
     return flag.value or os.path.join("runs", config_name)
 
   return workdir
+
+
+def check_directory(flag: str, path: str) -> None:
+  """Exits with 2 where a flag names what cannot be a directory; '' names none."""
+  from rope_jax import paths
+
+  why_not = path and paths.why_no_directory(path)
+  if why_not:
+    fail(f"--{flag}={path!r}: {why_not}")
 
 
 def define_report():
@@ -181,22 +215,24 @@ def _config_argument() -> tuple[str, str]:
 def parse(argv):
   """Parses the flags; bad ones exit with 2."""
   file, _ = _config_argument()
-  if file and not os.path.exists(file):
+  if file and not os.path.isfile(file):
     fail(f"--config={file}: no such file")
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
     fail(error)
-  except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-    # ml_collections raises these for a key that is not there or a value of another type; it does
-    # not say where in the config the key was looked for.
+  except (AttributeError, IndexError, KeyError, MemoryError, OSError, OverflowError, RecursionError,
+          SyntaxError, TypeError, ValueError) as error:  # fmt: skip
+    # ml_collections raises these for a key that is not there, a value of another type, or one that
+    # Python cannot read; it does not say where in the config the key was looked for.
     given = [a for a in argv[1:] if a.partition("=")[0].rpartition(".")[2] in str(error)]
     fail(f"{given[0]}: {error}" if given else error)
 
 
-def fail(error) -> None:
-  """Prints an error in one line and exits with 2."""
+def fail(error, code: int = 2) -> None:
+  """Prints an error in one line and exits with a code."""
   # An error inside a config file comes wrapped in its whole traceback; the last line is the error.
   text = str(error).strip()
-  print(f"error: {text.splitlines()[-1] if 'Traceback' in text else text}", file=sys.stderr)
-  sys.exit(2)
+  text = text.splitlines()[-1] if "Traceback (most" in text else r"\n".join(text.splitlines())
+  print(f"error: {text}", file=sys.stderr)
+  sys.exit(code)

@@ -165,13 +165,21 @@ def _versions() -> str:
 
 def _read(path: str) -> dict:
   """Results of a sweep by key; a line that a kill has cut is taken out."""
-  if not os.path.exists(path):
+  from rope_jax import reading
+
+  if not os.path.lexists(path):
     return {}
-  with open(path) as f:
-    lines = [line for line in f if line.endswith("\n")]
-  with open(path, "w") as f:
-    f.writelines(lines)
-  return {row["key"]: row for row in map(json.loads, lines)}
+  text = reading.read_text(path)
+  *lines, rest = text.split("\n")
+  try:
+    found = {row["key"]: row for row in map(reading.parse, lines)}
+  except (KeyError, TypeError, ValueError) as error:
+    cli.fail(reading.refusal(path, f"no results of a sweep: {error}"))
+  if rest:
+    with open(path + ".tmp", "w") as f:
+      f.write(text.removesuffix(rest))
+    os.replace(path + ".tmp", path)
+  return found
 
 
 def _line(row: dict) -> str:

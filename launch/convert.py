@@ -23,6 +23,7 @@ checkpoint it need not be imported: config.init_from reads all of these.
 """
 
 import json
+import os
 
 import cli
 from absl import flags
@@ -55,6 +56,9 @@ def main(argv):
   given = [n for n in OWN_FLAGS if flags.FLAGS[n].present and n not in used]
   if given:
     cli.fail(f"--{given[0]}: {command} does not use it")
+  cli.check_directory("workdir", WORKDIR.value)
+  if not os.path.lexists(OUT.value):  # what is there is refused later
+    cli.check_directory("out", OUT.value)
   function(rest)
 
 

@@ -20,11 +20,13 @@ def main(c, config_name):
   from rope_jax.train import loop  # after the checks: this is slow to import
 
   results = {
-    name: cli.checked(name, loop.evaluate, run, cli.directory(workdir, name), PROFILE.value)
+    name: cli.checked(name, loop.evaluate, run, cli.directory(workdir, name), PROFILE.value, True)
     for name, run in runs.items()
   }
   if cli.is_main():
     cli.finish(results, runs, workdir, REPORT.value)
+  for name, run in runs.items():
+    loop.forget(run, cli.directory(workdir, name), trained=False)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,16 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0, upper_b
 
 
 def main(c, config_name):
+  from rope_jax.data import text_builder
+
   prompts = list(PROMPT.value)
   for path in PROMPT_FILE.value:
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
       cli.fail(f"--prompt_file={path}: no such file")
-    with open(path, encoding="utf-8") as f:
-      prompts.append(f.read())
+    try:
+      prompts.append(text_builder.read_text(path))
+    except ValueError as error:
+      cli.fail(f"--prompt_file={path!r}: {error}")
   if not all(prompts) or not prompts:
     cli.fail("--prompt: give a text to continue, or a file with one by --prompt_file")
   if not TOP_P.value:

@@ -17,7 +17,11 @@ from absl import flags
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
 SEQ_LEN = flags.DEFINE_integer(
-  "seq_len", None, "Tokens of the sequence, for methods that depend on it.", lower_bound=1
+  "seq_len",
+  None,
+  "Tokens of the sequence, for methods that depend on it.",
+  lower_bound=1,
+  upper_bound=2**31 - 1,  # rope_jax.rope.limits.MOST_TOKENS, which takes seconds to import
 )
 PLOT = flags.DEFINE_string("plot", "", "Directory to write figures to.")
 COMPARE = flags.DEFINE_list("compare", [], "With --plot: other methods, e.g. none,pi,yarn.")
@@ -26,6 +30,7 @@ FORMAT = flags.DEFINE_enum("format", "png", ["png", "svg"], "Of the figures.")
 
 def main(c, config_name):
   del config_name
+  cli.check_directory("plot", PLOT.value)
   from rope_jax import config as config_lib
   from rope_jax import report, resolve
 

@@ -46,10 +46,12 @@ def main(c, config_name):
       if cli.is_main():
         print(search_lib.summary(searches[name], directory), flush=True)
     used[name] = cli.checked(name, settings.searched, run, directory)
-    results[name] = cli.checked(name, loop.train, used[name], directory)
+    results[name] = cli.checked(name, loop.train, used[name], directory, False, True)
   if cli.is_main():
     print("\n" + search_lib.compare(searches, workdir))
     cli.finish(results, used, workdir, REPORT.value)
+  for name, run in used.items():
+    loop.forget(run, cli.directory(workdir, name), trained=True)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,13 @@ def main(c, config_name):
   for name, run in runs.items():
     if name and cli.is_main():
       print(f"\n== {name}", flush=True)
-    results[name] = cli.checked(name, loop.train, run, cli.directory(workdir, name), PROFILE.value)
+    results[name] = cli.checked(
+      name, loop.train, run, cli.directory(workdir, name), PROFILE.value, True
+    )
   if cli.is_main():
     cli.finish(results, runs, workdir, REPORT.value)
+  for name, run in runs.items():
+    loop.forget(run, cli.directory(workdir, name), trained=True)
 
 
 if __name__ == "__main__":

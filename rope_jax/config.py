@@ -10,6 +10,7 @@ The block `config.rope.<method>` of each scaling is made from the signature of i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 import rope_jax
-from rope_jax import rope
+from rope_jax import reading, rope
 from rope_jax.errors import choice
 from rope_jax.evals.entries import (  # noqa: F401 - for configs
   ENTRIES,
@@ -35,6 +36,7 @@ from rope_jax.evals.entries import (  # noqa: F401 - for configs
 from rope_jax.search import METHODS
 from rope_jax.weights import RUN_FILE
 
+_type_hints = functools.cache(typing.get_type_hints)  # slow, and asked for by every `base`
 # Given by `resolve.rope`, not by the user.
 _RESOLVED = ("factor", "seq_len", "kv_heads")
 
@@ -155,10 +157,18 @@ def base() -> ConfigDict:
   c.train.clip = 1.0  # global gradient norm; 0: off
   c.train.loss_chunk = 1024  # tokens whose logits exist at a time
   c.train.log_every = 10
+  # Steps in a row that may be left out because their loss or gradient is not finite; one more stops
+  # the run, which then keeps that step for launch/replay.py.
+  c.train.max_skipped = 10
+  # A gradient norm so many times its running mean is said and logged; 0: none is.
+  c.train.spike = 10.0
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 500  # steps; the last step is always saved
   c.checkpoint.keep = 2
+  # Where the newest checkpoint is damaged or gone: 'previous' goes on from the one before it and
+  # says so, 'stop' stops. With no other there is no going on.
+  c.checkpoint.on_damage = "previous"
 
   c.mesh = ConfigDict()
   # Replicas, each with its share of the batch; -1: as many of the remaining devices as divide it,
@@ -274,7 +284,7 @@ def method_options(function) -> dict:
   Raises:
     ValueError: for an option without a default, or without a type where that is None.
   """
-  hints = typing.get_type_hints(function)
+  hints = _type_hints(function)
   options = {}
   for name, parameter in list(inspect.signature(function).parameters.items())[1:]:  # not the rope
     if name in _RESOLVED:
@@ -318,8 +328,7 @@ def check_workdir(c: ConfigDict, workdir: str, *, free: tuple[str, ...] = (), **
   """
   if not holds_run(workdir):
     return
-  with open(os.path.join(workdir, RUN_FILE)) as f:
-    known = json.load(f)
+  known = reading.read_object(os.path.join(workdir, RUN_FILE))
   old, new = _flat(read(workdir)), _flat(c)
   changed = [f"config.{k}={new.get(k)!r} (was {old.get(k)!r})" for k in sorted(old | new)
              if old.get(k) != new.get(k) and not _is_free(k) and k not in free]  # fmt: skip
@@ -327,7 +336,7 @@ def check_workdir(c: ConfigDict, workdir: str, *, free: tuple[str, ...] = (), **
   if changed:
     raise ValueError(
       f"{workdir} holds a run with other settings; choose another --workdir, or set back: "
-      + ", ".join(changed)
+      + reading.listed(changed)
     )
 
 
@@ -340,14 +349,30 @@ def read(workdir: str) -> ConfigDict:
   path = os.path.join(workdir, RUN_FILE)
   if not holds_run(workdir):
     raise ValueError(f"{workdir} holds no run: there is no {RUN_FILE}")
-  with open(path) as f:
-    values = json.load(f)["config"]
+  values = reading.read_object(path)
+  try:
+    c = _restored(values["config"])
+  except KeyError as error:
+    raise reading.refusal(path, f"of another version, or damaged: {error}") from error
+  except (AttributeError, OverflowError, TypeError, ValueError) as error:
+    raise reading.refusal(path, error) from error
+  moved = os.path.join(workdir, "factors.json")  # what launch/search.py found for this run
+  if not os.path.exists(c.rope.longrope.factors or moved) and os.path.exists(moved):
+    c.rope.longrope.factors = moved
+  return c
+
+
+def _restored(values: dict) -> ConfigDict:
+  """A config from the data that `write` made of it.
+
+  Raises:
+    ValueError, KeyError, TypeError, AttributeError: for data that are of no such config.
+  """
   c = base()
   for method in set(values["rope"]) - set(c.rope):  # of a notebook, say
     if values["rope"]["scaling"] == method:
       raise ValueError(
-        f"{workdir}: the run's config.rope.scaling={method!r} is no method here; add it to "
-        "rope.SCALINGS first"
+        f"the run's config.rope.scaling={method!r} is no method here; add it to rope.SCALINGS first"
       )
     del values["rope"][method]
   entries = [(c.evals, name, entry) for name, entry in values.pop("evals").items()]
@@ -360,11 +385,8 @@ def read(workdir: str) -> ConfigDict:
       block[name] = ENTRIES[entry["type"]]()
       _assign(block[name], entry)
     except KeyError as error:
-      raise ValueError(f"{path}: the evaluation {name} is of another version: {error}") from error
+      raise ValueError(f"the evaluation {name} is of another version: {error}") from error
   _assign(c, values)
-  moved = os.path.join(workdir, "factors.json")  # what launch/search.py found for this run
-  if not os.path.exists(c.rope.longrope.factors or moved) and os.path.exists(moved):
-    c.rope.longrope.factors = moved
   return c
 
 
@@ -372,8 +394,11 @@ def _assign(c: ConfigDict, values: dict) -> None:
   for key, value in values.items():
     if isinstance(value, dict):
       _assign(c[key], value)
-    else:
-      c[key] = _tuples(value)
+      continue
+    # ml_collections takes None for anything, and true for 1.
+    if value is None and c[key] is not None or type(value) is bool and type(c[key]) in (int, float):
+      raise ValueError(f"config.{key}={value!r}: expected {type(c[key]).__name__}")
+    c[key] = _tuples(value)
 
 
 def _tuples(value):
@@ -399,7 +424,8 @@ def _is_free(key: str) -> bool:
   how = ("attention", "block_q", "block_k", "context_parallel", "load_balance", "remat")
   return (
     key.startswith(free)
-    or key in ("train.log_every", "train.loss_chunk", "train.accumulation", "data.dir")
+    or key in [f"train.{name}" for name in ("log_every", "loss_chunk", "accumulation")]
+    or key in ("train.max_skipped", "train.spike", "data.dir")
     # Where factors are read from: what they are is a fact of its own.
     or key in ("rope.longrope.factors", "rope.dynamic_longrope.factors")
     or key in [f"model.{name}" for name in how]
@@ -410,4 +436,6 @@ def write_json(path: str, value) -> None:
   """Writes JSON so that the file is whole at every moment; keys stay in their order."""
   with open(path + ".tmp", "w") as f:
     json.dump(value, f, indent=1)
+    f.flush()
+    os.fsync(f.fileno())
   os.replace(path + ".tmp", path)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
+
+from rope_jax import reading
+
+_LARGEST = 1e300  # of a factor; neither infinite nor no number
 
 
 def read(path: str) -> dict[str, tuple]:
@@ -19,20 +23,22 @@ def read(path: str) -> dict[str, tuple]:
     'start_tokens' where it is not 0; 'made_for' where given, a dict.
 
   Raises:
-    ValueError: if the file is not there or holds something else.
+    ValueError: naming the file, if it is not there or holds something else.
   """
+  reading.check_plain(path, "no factors to read")
   try:
-    with open(path, newline="") as f:
-      if path.endswith(".json"):
-        return _from_json(json.load(f))
-      rows = [[float(x) for x in row] for row in csv.reader(f) if row]
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{path}: no factors to read: {error}") from None
-  if rows and all(len(row) == 1 for row in rows):
-    rows = [[row[0] for row in rows]]
-  if not rows:
-    raise ValueError(f"{path}: no factors to read: the file is empty")
-  return dict(long_factor=_plain(rows[0] if len(rows) == 1 else rows))
+    text = reading.read_text(path)
+    if path.endswith(".json"):
+      return _from_json(reading.parse(text))
+    rows = [[float(x) for x in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
+    if rows and all(len(row) == 1 for row in rows):
+      rows = [[row[0] for row in rows]]
+    if not rows:
+      raise ValueError("the file is empty")
+    return dict(long_factor=_plain(rows[0] if len(rows) == 1 else rows))
+  except (ValueError, csv.Error) as error:
+    what = str(error).removeprefix(f"{path}: ")
+    raise reading.refusal(path, f"no factors to read: {what}") from None
 
 
 def check(found: dict, rope: dict, free: tuple[str, ...] = ()) -> None:
@@ -49,7 +55,7 @@ def check(found: dict, rope: dict, free: tuple[str, ...] = ()) -> None:
   facts = {k: v for k, v in found.get("made_for", {}).items() if k in rope and k not in free}
   other = [f"{k}={v!r} (here {rope[k]!r})" for k, v in facts.items() if v != rope[k]]
   if other:
-    raise ValueError(f"these factors were made for {', '.join(other)}")
+    raise ValueError(f"these factors were made for {reading.listed(other)}")
 
 
 def _from_json(value) -> dict[str, tuple]:
@@ -67,13 +73,25 @@ def _from_json(value) -> dict[str, tuple]:
     )
   out = {k: _plain(value[k]) for k in ("long_factor", "short_factor") if k in value}
   start, made_for = value.get("start_tokens", 0), value.get("made_for", {})
-  if not isinstance(start, int) or not isinstance(made_for, dict):
+  if type(start) is not int or not 0 <= start < 2**31 or not isinstance(made_for, dict):
     raise ValueError("expected a whole number as start_tokens and an object as made_for")
   out |= dict(start_tokens=start) if start else {}
   return out | (dict(made_for=made_for) if made_for else {})
 
 
 def _plain(value) -> tuple:
-  if not isinstance(value, list):
+  """A list of numbers, or of equally long lists of them, one for each layer."""
+  if not isinstance(value, list) or not value:
     raise ValueError(f"expected a list of numbers, got {value!r}")
-  return tuple(_plain(x) if isinstance(x, list) else float(x) for x in value)
+  if not all(isinstance(x, list) for x in value):
+    return tuple(map(_number, value))
+  rows = tuple(tuple(map(_number, row)) for row in value)
+  if len({len(row) for row in rows}) > 1 or not rows[0]:
+    raise ValueError(f"expected as many factors in each row, got {[len(row) for row in rows]}")
+  return rows
+
+
+def _number(x) -> float:
+  if isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) <= _LARGEST:
+    raise ValueError(f"expected a number, got {x!r}")
+  return float(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import os
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from rope_jax import config, factors
 from rope_jax import rope as rope_lib
 from rope_jax.errors import check, choice
+from rope_jax.rope.limits import MOST_TOKENS, check_tokens
 from rope_jax.weights import locate
 from rope_jax.weights.source import open_source
 
@@ -29,7 +31,9 @@ def rope(c: ConfigDict, seq_len: int | None = None) -> rope_lib.Rope:
     ValueError: naming the key at fault.
   """
   r = c.rope
-  _validate(c)
+  check_keys(c)
+  if seq_len is not None:
+    check_tokens("the rope of a sequence: seq_len", seq_len)
   function = rope_lib.SCALINGS[r.scaling]
   options = {k: r[r.scaling][k] for k in config.method_options(function)}
   if r.scaling in r and r[r.scaling].get("factors"):
@@ -219,6 +223,8 @@ def _from_file(c: ConfigDict) -> dict:
   for name in ("long_factor", "short_factor", "start_tokens"):
     check(not block.get(name), f"{key}.{name}", block.get(name),
           f"empty where {key}.factors names a file")  # fmt: skip
+  plain = os.path.isfile(block.factors) or not os.path.exists(block.factors)
+  check(plain, f"{key}.factors", block.factors, "a regular file")  # a device might be endless
   try:
     found = factors.read(block.factors)
     factors.check(found, factors_made_for(c))
@@ -226,7 +232,8 @@ def _from_file(c: ConfigDict) -> dict:
     if lost:
       raise ValueError(f"rope.scaling={c.rope.scaling!r} has no use for its {', '.join(lost)}")
   except ValueError as error:
-    raise ValueError(f"config.{key}.factors={block.factors!r}: {error}") from None
+    said = str(error).removeprefix(f"{block.factors}: ")  # the path is there once, and quoted
+    raise ValueError(f"config.{key}.factors={block.factors!r}: {said}") from None
   return {k: v for k, v in found.items() if k in block}
 
 
@@ -245,7 +252,8 @@ def factors_made_for(c: ConfigDict) -> dict:
   )
 
 
-def _validate(c: ConfigDict) -> None:
+def check_keys(c: ConfigDict) -> None:
+  """Raises ValueError for a key of config.rope that no rope can be made from."""
   r = c.rope
   choice("rope.scaling", r.scaling, rope_lib.SCALINGS)
   choice("rope.base", r.base, ("plain", "checkpoint"))
@@ -256,7 +264,9 @@ def _validate(c: ConfigDict) -> None:
     choice(f"rope.{phase}.share", r[phase].share, ("none", "heads", "layers", "all"))
   check(r.psc_rotation.bound >= 0, "rope.psc_rotation.bound", r.psc_rotation.bound,
         "0 (unbounded) or positive radians")  # fmt: skip
-  check(r.original_context >= 1, "rope.original_context", r.original_context, "at least 1 token")
+  for key in ("original_context", "context"):
+    check(1 <= r[key] <= MOST_TOKENS, f"rope.{key}", r[key],
+          f"at least 1 token, at most {MOST_TOKENS} (2^31 - 1: positions are int32)")  # fmt: skip
   check(r.context >= r.original_context, "rope.context", r.context,
          f"at least rope.original_context={r.original_context}")  # fmt: skip
   parameters = inspect.signature(rope_lib.SCALINGS[r.scaling]).parameters

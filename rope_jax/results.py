@@ -5,11 +5,13 @@ All goes by the form of a result (`rope_jax.evals`); nothing here knows a type o
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
+from rope_jax import reading
 from rope_jax.weights import RUN_FILE
 
 RESULTS_FILE = "results.json"
@@ -57,12 +59,16 @@ def facts(directory: str) -> dict:
   """What a workdir says of its run: {"rope": rope.json, "run": run.json, "step": ...}.
 
   What is not there is left out; `step` is that of the newest checkpoint.
+
+  Raises:
+    ValueError: naming the file that is damaged.
   """
   out = {}
   for key, name in (("rope", "rope.json"), ("run", RUN_FILE)):
-    if os.path.exists(path := os.path.join(directory, name)):
-      with open(path) as f:
-        out[key] = json.load(f)
+    if os.path.lexists(path := os.path.join(directory, name)):
+      out[key] = reading.read_object(path)
+      if not (_is_rope if key == "rope" else _is_run)(out[key]):
+        raise reading.refusal(path, "of another version, or damaged")
   checkpoints = os.path.join(directory, "checkpoints")
   steps = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
   steps = [int(name) for name in steps if name.isdigit()]  # others are not whole yet
@@ -170,15 +176,108 @@ def best(by_run: dict[str, dict], column: str) -> set[str]:
 def _read(directory: str) -> dict:
   path = os.path.join(directory, RESULTS_FILE)
   again = "run launch/train.py or launch/eval.py with this --workdir"
-  if not os.path.exists(path):
+  if not os.path.lexists(path):
     raise ValueError(f"{directory}: there is no {RESULTS_FILE}; {again}")
   try:
-    with open(path) as f:
-      found = json.load(f)
-    runs = found.values() if is_comparison(found) else [found]
-    for by_column in (by_column for run in runs for by_column in run.values()):
-      for r in by_column.values():
-        float(r[r["metric"]])
-  except (AttributeError, KeyError, TypeError, ValueError):
-    raise ValueError(f"{path} is not of this version's form; {again}") from None
+    found, why = reading.read_json(path), "a value is not where or what it should be"
+  except ValueError as error:
+    found, why = None, str(error).removeprefix(f"{path}: ")
+  if not _is_results(found):
+    raise ValueError(f"{path} is not of this version's form ({why}); {again}")
   return found
+
+
+def _is_results(found) -> bool:
+  """Whether these are {evaluation: {column: result}}, or {run: that}."""
+  if not _levels(found, 3):
+    return False
+  runs = found.values() if is_comparison(found) else [found]
+  return all(
+    _levels(run, 3)
+    and all(_is_column(c) and _is_result(r) for by in run.values() for c, r in by.items())
+    for run in runs
+  )
+
+
+def _levels(value, depth: int) -> bool:
+  """Whether these are objects within objects, by name."""
+  return isinstance(value, dict) and (
+    depth == 1 or all(_levels(x, depth - 1) for x in value.values())
+  )
+
+
+def _is_rope(r: dict) -> bool:
+  """Whether this is what `resolve.describe` gives, as far as it is shown."""
+  names, lengths = ("scaling", "base", "phase"), ("original_context", "context")
+  lengths += ("seq_len",) * ("seq_len" in r)
+  return (
+    all(isinstance(r.get(key), str) for key in names)
+    and all(type(r.get(key)) is int for key in lengths)
+    and all(reading.is_number(r.get(key)) for key in ("factor", "theta", *lengths))
+    and isinstance(r.get("resonance"), bool)
+    and _are_numbers(r.get("attention_scale"))
+    and _are_numbers(r.get("wavelengths"))
+  )
+
+
+def _are_numbers(value) -> bool:
+  """Whether numbers, or nulls for infinite ones, make up an array."""
+  if not isinstance(value, list):
+    return reading.is_number(value)
+  try:
+    return np.array(value, np.float64).size > 0 and np.asarray(value).dtype.kind in "ifO"
+  except (TypeError, ValueError, OverflowError):
+    return False
+
+
+def _is_run(r: dict) -> bool:
+  """Whether this is what a run writes, as far as it is shown."""
+  train = _within(_within(r, "config"), "train")
+  numbers = [r.get(key, 0) for key in ("parameters", "trained_parameters")]
+  return train is not None and all(map(reading.is_number, [*numbers, train.get("steps", 0)]))
+
+
+def _within(value: dict | None, key: str) -> dict | None:
+  """The object under a key, {} if there is none, None if it is something else."""
+  found = None if value is None else value.get(key, {})
+  return found if isinstance(found, dict) else None
+
+
+def _is_column(name: str) -> bool:
+  """Whether a name that looks like a length is one."""
+  return not name.isdigit() or name.isdecimal() and len(name) < 20
+
+
+def _is_result(r: dict) -> bool:
+  """Whether a result has its value, and what else is shown of it is of its kind."""
+  metric, tasks = r.get("metric"), r.get("tasks", {})
+  positions, depths = r.get("by_position", []), r.get("by_depth", [])
+  return (
+    isinstance(metric, str)
+    and _is_value(r, metric)
+    and ("threshold" not in r or reading.is_number(r["threshold"]))
+    and _are_parts(positions, metric, ("start", "end"))
+    and _are_parts(depths, metric, ("depth",))
+    and (
+      r.get("show") != "by_position"
+      or "by_position" in r
+      and all(metric in part for part in positions)
+    )
+    and _levels(tasks, 2)
+    and all(_is_result(task) for task in tasks.values())
+  )
+
+
+def _is_value(r: dict, metric: str) -> bool:
+  shown = [metric, *(key for key in ("stderr", "low", "high") if key in r)]
+  return all(reading.is_number(r.get(key)) for key in shown) and ("low" in r) == ("high" in r)
+
+
+def _are_parts(parts, metric: str, places: tuple[str, ...]) -> bool:
+  """Whether these are results by position or depth; a part without a value is not shown."""
+  return isinstance(parts, list) and all(
+    isinstance(part, dict)
+    and (metric not in part or _is_value(part, metric))
+    and all(reading.is_number(part.get(place)) for place in places)
+    for part in parts
+  )

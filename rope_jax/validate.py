@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import glob
 import os
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from rope_jax import evals, resolve
-from rope_jax.config import base, train_length
+from rope_jax import evals, paths, resolve
+from rope_jax.config import base, data_dir, train_length
 from rope_jax.data import POSITIONS, posgen
 from rope_jax.errors import check, choice
+from rope_jax.evals.common import text_files
 from rope_jax.model.config import ATTENTION, CONTEXT_PARALLEL, LINEARS, ON_CHANGE, REMAT
 from rope_jax.search import settings as search
+from rope_jax.sizes import check_sizes
+from rope_jax.values import check_values
 from rope_jax.weights import locate
 
 
@@ -28,6 +31,10 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
   Raises:
     ValueError: naming the key, its value and what was expected.
   """
+  for name, entry in (*((f"evals.{n}", e) for n, e in c.evals.items()),
+                      ("search.fitness", c.search.fitness)):  # fmt: skip
+    choice(f"{name}.type", entry.get("type"), evals.EVALS)
+  check_values(c)
   m, t, d = c.model, c.train, c.data
   for block, keys in (
     (c.model, "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff"),
@@ -37,6 +44,9 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
   ):
     for key in keys.split():
       check(block[key] >= 1, f"{_name(c, block)}.{key}", block[key], "at least 1")
+  check(c.lora.rank >= 0, "lora.rank", c.lora.rank, "0 (none) or positive")
+  check(d.length >= 0, "data.length", d.length, "0 (rope.context) or positive")
+  check_sizes(c)
   choice("model.attention", m.attention, ATTENTION)
   choice("model.remat", m.remat, REMAT)
   choice("model.dtype", m.dtype, ("float32", "bfloat16"))
@@ -57,10 +67,10 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
   check(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "positive")
   for name in m.bias:
     choice("model.bias", name, LINEARS)
+  resolve.check_keys(c)
   search.validate(c)
   resolve.rope(search.placeholder(c))
 
-  check(c.lora.rank >= 0, "lora.rank", c.lora.rank, "0 (none) or positive")
   for target in c.lora.targets:
     choice("lora.targets", target, LINEARS)
 
@@ -72,10 +82,11 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
   choice("train.trainable", t.trainable, ("all", "adapters"))
   choice("train.schedule", t.schedule, ("constant", "cosine", "linear"))
   check(t.steps >= 0, "train.steps", t.steps, "0 or more")
-  for key in ("warmup_steps", "final_learning_rate", "weight_decay", "clip"):
+  for key in ("warmup_steps", "final_learning_rate", "weight_decay", "clip", "max_skipped"):
     check(t[key] >= 0, f"train.{key}", t[key], "0 or more")
   for key in ("b1", "b2"):
-    check(0 <= t[key] < 1, f"train.{key}", t[key], "in [0, 1)")
+    # As the step has it: a float32 that is rounded to 1 would divide by zero.
+    check(t[key] >= 0 and np.float32(t[key]) < 1, f"train.{key}", t[key], "in [0, 1) as a float32")
   check(t.eps > 0, "train.eps", t.eps, "positive")
   check(t.schedule != "constant" or t.final_learning_rate == 0, "train.final_learning_rate",
         t.final_learning_rate, "0: train.schedule='constant' does not use it")  # fmt: skip
@@ -86,15 +97,18 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
          f"below train.steps={t.steps}")  # fmt: skip
   trains_base = t.trainable == "all" and t.steps
   check(not trains_base or m.param_dtype == "float32", "model.param_dtype", m.param_dtype,
-        "'float32' where the base is trained: bfloat16 rounds updates away")  # fmt: skip
+        f"'float32' where the base is trained (train.trainable='all', train.steps={t.steps}): "
+        "bfloat16 rounds updates away")  # fmt: skip
   has_adapters = c.lora.rank > 0 or c.rope.phase != "none" or c.rope.scaling == "clex"
   if t.steps:
     check(t.trainable == "all" or has_adapters, "train.trainable", t.trainable,
            "'all', since there is no adapter: lora.rank is 0 and rope.phase is 'none'")  # fmt: skip
 
+  check(t.spike == 0 or t.spike > 1, "train.spike", t.spike, "0 (off) or above 1")
+  choice("checkpoint.on_damage", c.checkpoint.on_damage, ("previous", "stop"))
+
   choice("data.packing", d.packing, ("pack", "document"))
   check(d.min_tokens >= 0, "data.min_tokens", d.min_tokens, "0 or more")
-  check(d.length >= 0, "data.length", d.length, "0 (rope.context) or positive")
   check(d.length <= c.rope.context, "data.length", d.length,
          f"at most rope.context={c.rope.context}")  # fmt: skip
   _positions(c)
@@ -113,7 +127,6 @@ def validate(c: ConfigDict, platform: str | None = None, *, inputs: bool = True)
   check(chunk >= least and chunk % least == 0, "generate.chunk", chunk,
         f"a multiple of {least} under model.attention={m.attention!r}")  # fmt: skip
   for name, entry in c.evals.items():
-    choice(f"evals.{name}.type", entry.type, evals.EVALS)
     check(entry.every_steps >= 0, f"evals.{name}.every_steps", entry.every_steps, "0 or more")
     evals.module(entry.type).validate(f"evals.{name}", entry, c)
   if inputs:
@@ -160,9 +173,14 @@ def _positions(c: ConfigDict) -> None:
 def _inputs(c: ConfigDict) -> None:
   """Whether weights, tokenizer and text are there."""
   source = c.data.source
-  there = source in ("stdlib", "posgen") or source.startswith("tfds:") or os.path.exists(source)
-  check(there or glob.glob(source, recursive=True), "data.source", source,
+  there = source in ("stdlib", "posgen") or source.startswith("tfds:") or os.path.isdir(source)
+  check(there or paths.files(source), "data.source", source,
          "'stdlib', 'tfds:NAME', 'posgen', or an existing folder, file or glob")  # fmt: skip
+  directory = data_dir(c)
+  why_not = paths.why_no_directory(directory)
+  if not why_not and ("*" in directory or not paths.is_text(directory)):
+    why_not = "TFDS cannot work with '*' or bytes that are no UTF-8 in it"
+  check(not why_not, "data.dir", directory, f"a directory, there or to be made: {why_not}")
   for key, path in (("init_from", c.init_from), ("search.init_from", c.search.init_from)):
     if path and not path.startswith("run:"):
       try:
@@ -176,12 +194,14 @@ def _inputs(c: ConfigDict) -> None:
   if not c.init_from:
     check(c.tokenizer, "tokenizer", c.tokenizer, "named ('byte' or a path), with no init_from")
   if c.tokenizer not in ("", "byte", "posgen"):
-    check(os.path.exists(c.tokenizer), "tokenizer", c.tokenizer, "'byte' or an existing path")
+    check(os.path.isfile(c.tokenizer) or os.path.isdir(c.tokenizer), "tokenizer", c.tokenizer,
+          "'byte' or an existing path, of a file or a directory")  # fmt: skip
   entries = {f"evals.{name}": entry for name, entry in c.evals.items()}
   for name, entry in {**entries, "search.fitness": c.search.fitness}.items():
-    for pattern in filter(None, entry.get("files", "").split(",")):
-      there = pattern.startswith(("tfds:", "split:")) or glob.glob(pattern.strip(), recursive=True)
-      check(there, f"{name}.files", pattern, "an existing file or a glob that matches")
+    for key in ("files", "haystack"):
+      files = entry.get(key, "")
+      if files and not files.startswith(("tfds:", "split:")):
+        text_files(files, f"config.{name}.{key}")
 
 
 def _name(c: ConfigDict, block: ConfigDict) -> str:

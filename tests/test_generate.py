@@ -289,11 +289,11 @@ def test_keys_rotated_on_read_have_the_rope_of_each_step():
 def test_each_prompt_gets_its_own_continuation_and_fillers_are_not_waited_for():
   enough = []
 
-  def echo(rows, max_new_tokens, stop, until, progress):
+  def echo(rows, until, progress):
     enough.append([until(i, row) for i, row in enumerate(rows)])
     return [row[:1] for row in rows]
 
   prompts = [np.full(n, n, np.int32) for n in (3, 9, 5, 7, 1)]
-  found = _in_batches(echo, prompts, 1, 2, "", [], None, {})
+  found = _in_batches(echo, prompts, 2, "", None)
   assert [x.tolist() for x in found] == [[3], [9], [5], [7], [1]]
   assert enough == [[False, False], [False, False], [False, True]]

@@ -24,7 +24,8 @@ def run(tmp_path_factory):
 def test_any_number_of_prompts_in_batches(run):
   c, workdir = run
   prompts = [np.arange(65, 65 + n, dtype=np.int32) for n in (3, 20, 7, 11, 5)]
-  with loop._opened(c, workdir, 2) as subject:
+  with loop._opened(c, workdir, 2) as (variables, subject_of, _):
+    subject = subject_of(variables)
     alone = [subject.generate([p], 6)[0] for p in prompts]
     found = subject.generate(prompts, 6, batch_size=2, what="test")
     assert all(x.dtype == np.int32 and x.ndim == 1 for x in found)

@@ -219,7 +219,7 @@ from rope_jax import config
 from rope_jax.train import loop
 
 # A model takes its time, and the results are what matters here.
-loop.train = lambda c, workdir, profile: config.write(c, workdir) or {results!r}[c.seed]
+loop.train = lambda c, workdir, profile, keep: config.write(c, workdir) or {results!r}[c.seed]
 loop.evaluate = loop.train
 sys.argv = [sys.argv[0], "--config=" + __file__, *sys.argv[1:]]
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -137,6 +140,25 @@ def test_two_processes_continue_a_text_as_one_does(tmp_path):
   first, second = finish(start(path, tmp_path / "two", 2, *asked, script="generate"))
   answers = alone[alone.index("\nabcdefghij|") :]
   assert answers in first and "abcdefghij" not in second
+
+
+@pytest.mark.long
+def test_a_notice_to_one_process_stops_all_at_one_step_with_all_saved(tmp_path):
+  path, workdir = tmp_path / "experiment.py", tmp_path / "run"
+  path.write_text(CONFIG.format(folder=tiny.text_folder(tmp_path / "text")))
+  flags = ["--config.train.steps=100000", "--config.checkpoint.every=100000"]
+  flags += ["--config.evals.perplexity.every_steps=0"]
+  processes = start(path, workdir, 2, *flags)
+  metrics = workdir / "metrics.jsonl"
+  while all(p.poll() is None for p in processes):
+    if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
+      processes[1].send_signal(signal.SIGTERM)  # jax hands it on
+      break
+    time.sleep(0.05)
+  outputs = [p.communicate(timeout=300)[0] for p in processes]
+  assert [p.returncode for p in processes] == [75, 75], outputs
+  said = {re.search("saved after step (\\d+) in ", output)[1] for output in outputs}
+  assert len(said) == 1 and (workdir / "checkpoints" / said.pop()).is_dir()
 
 
 def test_an_error_is_the_same_in_every_process(tmp_path):

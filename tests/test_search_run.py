@@ -14,6 +14,7 @@ from rope_jax.search import run as search_lib
 from rope_jax.search import settings
 from rope_jax.search.candidate import candidate
 from rope_jax.train import loop, sharding, state
+from rope_jax.train.lock import Lock
 from rope_jax.validate import validate
 
 SMALL = dict(population=6, generations=3, mutations=2, crossovers=2, parents=4)
@@ -334,6 +335,13 @@ def test_settings_of_another_search_are_refused_by_name(c, tmp_path):
     match=r"other settings.*config.search.longrope.generations=4 \(was 3\), config.seed=1 \(was 0",
   ):
     run(c, tmp_path)
+
+
+def test_two_searches_do_not_share_a_workdir(c, tmp_path):
+  with Lock(str(tmp_path), "train"):
+    with pytest.raises(ValueError, match=f"--workdir={tmp_path}: another run is at work there"):
+      run(c, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".train.lock"]
 
 
 def test_text_that_is_too_short_is_an_error(c, tmp_path):

@@ -11,7 +11,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from rope_jax import config, rope
-from rope_jax.data.arrange import Arrange, _on_host
+from rope_jax.data.arrange import Arrange, _halves, _on_host
 from rope_jax.train import sharding
 from rope_jax.train import step as step_lib
 
@@ -289,7 +289,7 @@ def test_positions_are_drawn_on_one_device_of_the_host_inside_a_mesh():
   with jax.set_mesh(tiny.mesh(data=8)):
     inside = Arrange("randomised", **sizes)
     with _on_host():
-      drawn = inside._draw(inside._key, np.arange(3))
+      drawn = inside._draw(inside._key, _halves(np.arange(3)))
   assert len(inside._key.sharding.device_set) == 1
   assert {len(x.sharding.device_set) for x in drawn} == {1}
-  np.testing.assert_array_equal(drawn[0], alone._draw(alone._key, np.arange(3))[0])
+  np.testing.assert_array_equal(drawn[0], alone._draw(alone._key, _halves(np.arange(3)))[0])

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 
-from rope_jax import bench, weights
+from rope_jax import bench, reading, weights
 from rope_jax.bench import machine
 
 FILE = "bench.json"
@@ -99,9 +99,10 @@ class Journal:
     self.rows: list[dict] = []
     if os.path.exists(self.path):
       try:
-        with open(self.path) as f:
-          self.rows = json.load(f)["measurements"]
-      except (json.JSONDecodeError, KeyError, TypeError):
+        self.rows = reading.read_object(self.path)["measurements"]
+        for row in self.rows:
+          _ = [row[key] for key in ("spec", "machine", "versions", "repeat")]
+      except (ValueError, KeyError, TypeError):
         raise ValueError(f"--workdir={workdir}: {FILE} holds no measurements") from None
 
   def find(self, spec: dict) -> list[dict]:

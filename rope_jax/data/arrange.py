@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rope_jax.rope import positions
+from rope_jax.rope.limits import check_tokens
 
 # Text that PoSE skips over: it cuts documents to five sequences first, as released.
 POSE_REACH = 5
@@ -24,6 +25,9 @@ class Arrange:
     length: tokens of a sequence.
     context, original_context: of the rope.
     max_factor: of CLEX.
+
+  Raises:
+    ValueError: if a position could pass 2^31 - 1.
   """
 
   def __init__(
@@ -59,17 +63,31 @@ class Arrange:
     if draw:
 
       def rows(key, numbers, *extra):
-        keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
+        keys = jax.vmap(functools.partial(_fold_in, key))(*numbers)
         return jax.vmap(draw, in_axes=(0, *(None if x.ndim == 0 else 0 for x in extra)))(
           keys, *extra
         )
 
       self._draw = jax.jit(rows)
+      self._try(draw, dict(pose=POSE_REACH * (length + 1), clex=max_factor).get(kind))
+
+  def _try(self, draw, most: int | None) -> None:
+    """What `positions` refuses is refused now, and not in the first step.
+
+    `most`: the largest that is given to `draw` besides the key, if anything is.
+    """
+    try:
+      if most is not None:
+        check_tokens("the tokens or the time that it is given", most)
+      with _on_host():
+        jax.eval_shape(draw, self._key, *(() if most is None else (jnp.int32(most),)))
+    except ValueError as error:
+      raise ValueError(f"config.data.positions={self.kind!r}: {error}") from None
 
   def time(self, step: int) -> int:
     """CLEX's t of a training step: the same for all its sequences."""
     with _on_host():
-      key = jax.random.fold_in(jax.random.fold_in(self._key, 2**31 - 1), step)
+      key = _fold_in(jax.random.fold_in(self._key, 2**31 - 1), *_halves(step))
       return int(positions.clex_time(key, max_factor=self.max_factor))
 
   def text(self, numbers, tokens) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +99,7 @@ class Arrange:
     """
     with _on_host():
       reach = np.minimum(tokens, POSE_REACH * (self.length + 1))
-      out = self._draw(self._key, jnp.asarray(numbers), jnp.asarray(reach, jnp.int32))
+      out = self._draw(self._key, _halves(numbers), jnp.asarray(reach, jnp.int32))
     return tuple(map(np.asarray, out))
 
   def __call__(self, batch: dict, step: int, numbers) -> dict:
@@ -92,10 +110,22 @@ class Arrange:
       if self.kind == "mixed":
         return dict(batch, short=np.asarray(self._mixed(batch["segment_ids"])))
       extra = (jnp.asarray(self.time(step)),) if self.kind == "clex" else ()
-      tables = self._draw(self._key, jnp.asarray(numbers), *extra)
+      tables = self._draw(self._key, _halves(numbers), *extra)
     # Positions start anew with each document: they index what was drawn for the sequence.
     found = [np.take_along_axis(np.asarray(t), batch["positions"], axis=1) for t in tables]
     return dict(batch, **dict(zip(("positions", "fractions"), found)))
+
+
+def _halves(numbers) -> tuple[np.ndarray, np.ndarray]:
+  """Counts as two uint32, (high, low): JAX has no wider integers, and a long run counts further."""
+  numbers = np.asarray(numbers, np.int64)
+  return (numbers >> 32).astype(np.uint32), (numbers & 0xFFFFFFFF).astype(np.uint32)
+
+
+def _fold_in(key, high, low):
+  """The key of a number: below 2^32 that of its low half alone, further on one of both halves."""
+  upper = jax.random.fold_in(jax.random.fold_in(key, np.uint32(2**32 - 1)), high)
+  return jax.random.fold_in(jnp.where(high > 0, upper, key), low)
 
 
 @contextlib.contextmanager

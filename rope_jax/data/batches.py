@@ -13,6 +13,7 @@ import numpy as np
 
 from rope_jax.data.arrange import Arrange
 from rope_jax.data.tokens import TokenStore
+from rope_jax.rope.limits import check_tokens
 
 # Keys of a batch, each [batch, length]: int32 but for the float32 weights of the loss. Some
 # arrangements of positions add fractions (float32) or short (bool), see `rope.cos_sin`.
@@ -36,7 +37,8 @@ class Batches:
     arrange: positions that do not just count up.
 
   Raises:
-    ValueError: if no document, or not one whole sequence, is left.
+    ValueError: if no document, or not one whole sequence, is left, or the sequences are longer
+      than int32 positions reach.
   """
 
   def __init__(
@@ -50,13 +52,15 @@ class Batches:
     min_tokens: int = 0,
     arrange: Arrange | None = None,
   ):
+    check_tokens("config.data.length", length)
     self.arrange = arrange
     self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
     self.packing = packing
     self.documents = np.flatnonzero(store.lengths >= max(min_tokens, 2))
     if not len(self.documents):
       raise ValueError(
-        f"config.data.min_tokens={min_tokens}: no document of {len(store)} has so many"
+        f"config.data.min_tokens={min_tokens}: no document of {len(store)} has "
+        f"{max(min_tokens, 2)} tokens"
       )
     self.total = int(store.lengths[self.documents].sum())
     # One token more than the sequence, for the last target; streams share it with their neighbour.

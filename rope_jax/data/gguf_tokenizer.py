@@ -7,6 +7,8 @@ llama.cpp rewrites for its own engine.
 
 from __future__ import annotations
 
+from rope_jax import reading
+
 # Kinds of token, tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
@@ -57,7 +59,7 @@ def read(source) -> tuple:
   try:
     return _Reader(source).read()
   except _Refused as error:
-    raise ValueError(f"{source.path}: {error}") from error
+    raise reading.refusal(source.path, error) from error
 
 
 class _Refused(ValueError):
@@ -86,21 +88,17 @@ class _Reader:
         "of the same model"
       )
     unk = self.token_id("unknown")
-    try:
+    with reading.foreign(self.source.path, "the tokenizer cannot be built", (_Refused,)):
       if model == "gpt2":
         tokenizer = Tokenizer(self.byte_level_bpe(pre in _WHOLE_WORDS))
         self.add_byte_level(tokenizer, pre)
       else:
         tokenizer = Tokenizer(self.sentencepiece_bpe(unk))
         self.add_spaces(tokenizer)
-    except _Refused:
-      raise
-    except Exception as error:  # the library has no class of its own for what it refuses
-      raise _Refused(f"the tokenizer cannot be built: {error}") from error
-    for special, kind in ((True, _CONTROL), (False, _USER_DEFINED)):
-      texts = [t for t, k in zip(self.tokens, self.types) if k == kind]
-      added = [AddedToken(t, special=special, normalized=False) for t in texts]
-      (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+      for special, kind in ((True, _CONTROL), (False, _USER_DEFINED)):
+        texts = [t for t, k in zip(self.tokens, self.types) if k == kind]
+        added = [AddedToken(t, special=special, normalized=False) for t in texts]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     info = dict(
       bos_id=self.token_id("bos"),
       eos_id=self.token_id("eos"),

@@ -177,12 +177,15 @@ def validate(c, default) -> None:
           f"at least far + near = {n}, or there are no combinations")  # fmt: skip
     check(p.seed == 0, "data.posgen.seed", p.seed, "0: mode='combinations' draws nothing")
   else:
-    tuples, needed = p.modulus**n, p.train_sequences + 2 * p.held_out
+    # More than 64 of them are too many of any modulus, and their number too long to be made.
+    tuples, needed = p.modulus ** min(n, 64), p.train_sequences + 2 * p.held_out
+    shown = f"{tuples:,}" if tuples < 10**15 else f"{p.modulus}^{n}"
     check(tuples <= _MOST_SEEDS, "data.posgen.modulus", p.modulus,
-          f"so few that there are at most {_MOST_SEEDS:,} seeds, not {tuples:,}")  # fmt: skip
+          f"so few that there are at most {_MOST_SEEDS:,} seeds, modulus ^ (far + near), not "
+          f"{shown}")  # fmt: skip
     check(needed <= tuples, "data.posgen.train_sequences", p.train_sequences,
-          f"with two times held_out={p.held_out} at most the {tuples:,} seeds that there are; "
-          "mode='combinations' repeats them")  # fmt: skip
+          f"with two times held_out={p.held_out} at most the {tuples:,} seeds that there are, "
+          "modulus ^ (far + near); mode='combinations' repeats them")  # fmt: skip
   check(c.tokenizer == "posgen", "tokenizer", c.tokenizer, f"'posgen' {there}")
   check(d.length > n, "data.length", d.length,
         f"above far + near = {n} {there}: the seed is not scored")  # fmt: skip

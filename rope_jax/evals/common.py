@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import math
+import os
 from collections.abc import Iterator
 
 import numpy as np
 
 from rope_jax import config as config_lib
-from rope_jax.errors import check
+from rope_jax import paths
+from rope_jax.errors import MOST, check
 
 
 def check_lengths(name: str, entry, c) -> None:
@@ -20,6 +21,8 @@ def check_lengths(name: str, entry, c) -> None:
   check(max(n) <= c.rope.context, key, n,
         f"at most rope.context={c.rope.context}; raise it and fix rope.factor to go beyond what "
         "the method was built for")  # fmt: skip
+  check(entry.batch_size * max(n) <= MOST, f"{name}.batch_size", entry.batch_size,
+        f"at most {MOST:,} tokens at a time, with {max(n):,} in a sequence")  # fmt: skip
 
 
 def check_positive(name: str, entry, keys: str) -> None:
@@ -33,16 +36,35 @@ def check_files(key: str, files: str) -> None:
   check("/" in files or not files.startswith("tfds:"), key, files, "'tfds:NAME/SPLIT'")
 
 
-def texts(files: str, c) -> Iterator[str]:
+def text_files(files: str, key: str) -> list[str]:
+  """The files of a comma-separated list of paths and globs, in its order.
+
+  Raises:
+    ValueError: for a path or glob that names no regular file, with the key.
+  """
+  found = []
+  for pattern in [files] if os.path.lexists(files) else map(str.strip, files.split(",")):
+    new = paths.files(pattern)
+    if not new:
+      raise ValueError(f"{key}={pattern!r}: expected an existing file or a glob that matches")
+    found += new
+  return found
+
+
+def texts(files: str, c, key: str = "files") -> Iterator[str]:
   """Documents, in order.
 
   Args:
     files: text files or globs, comma-separated, each file a document; 'tfds:NAME/SPLIT'; or
       'split:NAME', of config.data.source, '' being its validation split.
     c: config of the run.
+    key: what errors call the files.
+
+  Raises:
+    ValueError: if a file is not there or cannot be read.
   """
   from rope_jax.data import corpus
-  from rope_jax.data.text_builder import read_text
+  from rope_jax.data.text_builder import Unreadable, read_text
 
   directory = config_lib.data_dir(c)
   if not files or files.startswith("split:"):
@@ -50,10 +72,13 @@ def texts(files: str, c) -> Iterator[str]:
     documents = corpus.documents(c.data.source, split, directory, c.data.text_key)
   elif files.startswith("tfds:"):
     name, _, split = files.rpartition("/")
-    documents = corpus.documents(name, split, directory)
+    documents = corpus.documents(name, split, directory, key=key)
   else:
-    patterns = [p.strip() for p in files.split(",")]
-    yield from (read_text(p) for x in patterns for p in sorted(glob.glob(x, recursive=True)))
+    for path in text_files(files, key):
+      try:
+        yield read_text(path)
+      except Unreadable as error:
+        raise ValueError(f"{key}={files!r}: {error}") from None
     return
   yield from (documents[i] for i in range(len(documents)))
 

@@ -24,6 +24,7 @@ from rope_jax.errors import check as expect
 from rope_jax.errors import choice
 from rope_jax.evals.common import check_files, check_lengths, check_positive, pieces
 
+MOST_BUCKETS = 2**16
 PROTOCOLS = ("sliding", "sliding_all", "truncate")
 
 
@@ -47,6 +48,7 @@ def validate(name: str, e, c) -> None:
   """Raises ValueError, naming the key, for settings that do not fit."""
   choice(f"{name}.protocol", e.protocol, PROTOCOLS)
   check_positive(name, e, "stride num_samples buckets batch_size")
+  expect(e.buckets <= MOST_BUCKETS, f"{name}.buckets", e.buckets, f"at most {MOST_BUCKETS:,}")
   for key in ("start", "document_tokens"):
     expect(e[key] >= 0, f"{name}.{key}", e[key], "0 or more")
   check_lengths(name, e, c)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from rope_jax.config import train_length
 from rope_jax.data import posgen
+from rope_jax.errors import MOST, choice
 from rope_jax.errors import check as expect
-from rope_jax.errors import choice
 from rope_jax.evals.common import check_positive
 
 
@@ -64,6 +64,8 @@ def validate(name: str, e, c) -> None:
   expect(p.far + p.near < e.length <= c.rope.context, f"{name}.length", e.length,
          f"above data.posgen.far + near = {p.far + p.near} and at most rope.context="
          f"{c.rope.context}")  # fmt: skip
+  expect(e.batch_size * e.length <= MOST, f"{name}.batch_size", e.batch_size,
+         f"at most {MOST:,} tokens at a time, with {e.length:,} in a sequence")  # fmt: skip
 
 
 def lengths(entry) -> tuple[int, ...]:

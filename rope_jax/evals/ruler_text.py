@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import platform
 import pydoc_data.topics
 import re
@@ -41,7 +40,8 @@ def load(entry, c) -> Material:
     ValueError: if a file is missing or empty, or there are too few words for the lengths.
   """
   python = f"pydoc_data.topics of Python {platform.python_version()}"
-  haystack = " ".join(texts(entry.haystack, c)).split() if entry.haystack else manual().split()
+  text = " ".join(texts(entry.haystack, c, "haystack")) if entry.haystack else manual()
+  haystack = text.split()
   if not haystack:
     raise ValueError(f"haystack={entry.haystack!r}: expected files with text")
   words = _read_words(entry.words) if entry.words else manual_words()
@@ -74,7 +74,12 @@ def manual_words() -> list[str]:
 
 
 def _read_words(path: str) -> list[str]:
-  if not os.path.isfile(path):
-    raise ValueError(f"words={path!r}: expected an existing file with a word on each line")
-  with open(path, encoding="utf-8") as f:
-    return list(dict.fromkeys(line.strip() for line in f if line.strip()))
+  from rope_jax.data.text_builder import read_text
+
+  try:
+    lines = read_text(path).split("\n")
+  except ValueError as error:
+    raise ValueError(
+      f"words={path!r}: {error}; expected an existing file with a word on each line"
+    ) from None
+  return list(dict.fromkeys(line.strip() for line in lines if line.strip()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 import rope_jax
 from rope_jax import config as config_lib
-from rope_jax import resolve
+from rope_jax import reading, resolve
 from rope_jax import results as results_lib
 from rope_jax.export import card, files, hf_config, peft, tensors, tokenizer
 from rope_jax.export import origin as origin_lib
@@ -169,8 +168,7 @@ def _results(c, workdir: str) -> dict:
   evaluated = config_lib.read(workdir).rope
   if (evaluated.context, evaluated.factor) != (c.rope.context, c.rope.factor):
     return {}  # those two may differ from the run's: nothing is known of this rope
-  with open(path) as f:
-    return json.load(f)
+  return reading.read_object(path)
 
 
 def _plain(value):

@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 from rope_jax import config as config_lib
+from rope_jax import reading
 from rope_jax.train import state
 from rope_jax.weights import huggingface, locate
 
@@ -48,7 +49,7 @@ def of(c, workdir: str) -> Origin:
   if kind != "hf":
     return Origin(path=path, name=os.path.splitext(name)[0] if kind == "gguf" else name)
   hf, generation = (
-    huggingface.read_json(huggingface.inside(path, file))
+    reading.read_object(huggingface.inside(path, file))
     if os.path.isfile(os.path.join(path, file))
     else {}
     for file in ("config.json", "generation_config.json")

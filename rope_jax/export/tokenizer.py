@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 
+from rope_jax import reading
 from rope_jax.export.files import write_json
 from rope_jax.weights import locate
 from rope_jax.weights.huggingface import inside
@@ -62,8 +62,7 @@ def _copied(directory: str, path: str, context: int) -> tuple[list[str], dict]:
     files.insert(0, _FILES[0])
   config = dict(tokenizer_class="PreTrainedTokenizerFast")
   if os.path.isfile(os.path.join(source, _CONFIG)):
-    with open(inside(source, _CONFIG), encoding="utf-8") as f:
-      config = json.load(f)
+    config = reading.read_object(inside(source, _CONFIG))
     config.pop("auto_map", None)  # code that is not here
   write_json(os.path.join(directory, _CONFIG), dict(config, model_max_length=context))
   return [*files, _CONFIG], {}

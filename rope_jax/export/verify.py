@@ -7,7 +7,6 @@ run, not what config.json makes of it. torch and transformers are asked for here
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from importlib import resources
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from rope_jax import presets
+from rope_jax import presets, reading
 from rope_jax import rope as rope_lib
 from rope_jax.data import tokenizer
 from rope_jax.data.text_builder import read_text
@@ -91,8 +90,7 @@ def _facts(path: str) -> dict:
   file = os.path.join(path, PROVENANCE)
   if not os.path.exists(file) or not os.path.exists(os.path.join(path, "config.json")):
     raise ValueError(f"{path}: no export of a whole model ({PROVENANCE} and config.json)")
-  with open(file, encoding="utf-8") as f:
-    return json.load(f)
+  return reading.read_object(file)
 
 
 def _rope(facts: dict):
@@ -119,8 +117,7 @@ def _our_losses(c, rope, ids) -> np.ndarray:
 
 def _has_our_code(path: str) -> bool:
   """Whether the export comes with code, which must be the modelling file of this package alone."""
-  with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
-    hf = json.load(f)
+  hf = reading.read_object(os.path.join(path, "config.json"))
   wanted = hf.get("auto_map")
   if not wanted and not os.path.exists(os.path.join(path, MODELLING)):
     return False

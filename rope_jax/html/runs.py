@@ -66,7 +66,7 @@ def _facts(f: dict) -> dict:
 
 def _settings(facts: dict[str, dict], numbers: dict[str, int]) -> str:
   """What the configs of the runs do not have in common."""
-  configs = {run: _flat(f["run"]["config"]) for run, f in facts.items() if "run" in f}
+  configs = {run: _flat(f["run"].get("config", {})) for run, f in facts.items() if "run" in f}
   keys = dict.fromkeys(key for c in configs.values() for key in c)
   differ = [k for k in keys if len({repr(c.get(k)) for c in configs.values()}) > 1]
   if not differ:

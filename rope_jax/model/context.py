@@ -34,6 +34,24 @@ class Kernel:
   backward: Callable
 
 
+def check_split(length: int, shards: int, balanced: bool) -> int:
+  """Into how many equal chunks `order` splits a sequence; makes no array of its tokens.
+
+  Args:
+    length, shards, balanced: as for `order`.
+
+  Raises:
+    ValueError: if the chunks are not equal.
+  """
+  pieces = 2 * shards if balanced and shards > 1 else shards
+  if length % pieces:
+    raise ValueError(
+      f"config.mesh.context={shards}: {length:,} tokens cannot be split into {pieces} equal chunks"
+      + (" (two a device: config.model.load_balance)" if pieces > shards else "")
+    )
+  return pieces
+
+
 def order(length: int, shards: int, balanced: bool) -> np.ndarray:
   """Which token of a sequence stands at each place, int32 [length].
 
@@ -46,13 +64,8 @@ def order(length: int, shards: int, balanced: bool) -> np.ndarray:
   Raises:
     ValueError: if the chunks are not equal.
   """
+  pieces = check_split(length, shards, balanced)
   tokens = np.arange(length, dtype=np.int32)
-  pieces = 2 * shards if balanced and shards > 1 else shards
-  if length % pieces:
-    raise ValueError(
-      f"config.mesh.context={shards}: {length:,} tokens cannot be split into {pieces} equal chunks"
-      + (" (two a device: config.model.load_balance)" if pieces > shards else "")
-    )
   if pieces == shards:
     return tokens
   chunks = tokens.reshape(pieces, -1)

@@ -30,6 +30,7 @@ from rope_jax.model import attention, cache, context
 from rope_jax.model.config import ON_CHANGE
 from rope_jax.model.llama import Llama, unembedding
 from rope_jax.rope import Rope
+from rope_jax.rope.limits import check_tokens
 
 BLOCK = 16  # tokens that are made on the device before the host looks whether all are done
 
@@ -103,7 +104,7 @@ class Generator:
       progress: called during the prefill with the share of it that is done.
 
     Raises:
-      ValueError: for an empty prompt, or settings out of range.
+      ValueError: for an empty prompt, settings out of range, or more than 2^31 - 1 tokens.
     """
     if not all(len(p) for p in prompts) or max_new_tokens < 1:
       raise ValueError("generation needs a token to start from and max_new_tokens of at least 1")
@@ -112,7 +113,8 @@ class Generator:
     lengths, stop = np.array([len(p) for p in prompts]), np.asarray(stop, np.int32)
     new = [np.zeros(0, np.int32) for _ in prompts]
     settings = np.float32(temperature), np.float32(top_p), np.uint32(seed)
-    longest, count = int(lengths.max()) + max_new_tokens, 0
+    longest, count = int(lengths.max()) + int(max_new_tokens), 0
+    check_tokens("the longest prompt and max_new_tokens together", longest)
 
     def add(fresh) -> np.ndarray:
       """Takes in tokens [B, n]; which sequences need no more."""
@@ -151,10 +153,14 @@ class Generator:
 
     Returns:
       float32 [B, n, V]: of the tokens of the continuations.
+
+    Raises:
+      ValueError: for more than 2^31 - 1 tokens.
     """
     lengths, out = np.array([len(p) for p in prompts]), []
     given = np.stack(continuations)
     n, state, end = given.shape[1], None, 0
+    check_tokens("the longest prompt and its continuation together", int(lengths.max()) + n)
     for count in range(n):
       of = lengths + (n if self.on_change == "capacity" else count)
       rope = self._ropes(of)
@@ -222,7 +228,9 @@ class Generator:
     need = -(-longest // chunk) * chunk + chunk  # made again, a text may need one chunk more
     step = max(chunk * shards, 1 << (need.bit_length() - 3))
     step = -(-step // (chunk * shards)) * chunk * shards
-    return width, chunk, -(-need // step) * step
+    capacity = -(-need // step) * step
+    check_tokens("the cache, in whole chunks,", capacity)
+    return width, chunk, capacity
 
   def _forward_(self, variables, state, tokens, rope):
     """(cache, tokens [B, T]) -> (cache, logits [B, V] of what follows)."""

@@ -17,6 +17,10 @@ from rope_jax.rope.rotary import TWO_PI, Rope
 # What every bin starts with in the release: the smallest normal float16, in counts.
 _SMOOTHING = float(np.finfo(np.float16).tiny)
 
+_POSITIONS = 2**16  # counted at a time
+# What `dprope` counts: minutes on one core for the pairs of a large head.
+_MOST_POSITIONS, _MOST_BINS = 2**22, 2**16
+
 # Transforms that a pair may choose from by name; others are passed as functions.
 _CANDIDATES = {
   f.__name__: f
@@ -51,17 +55,18 @@ def angle_histogram(rope: Rope, length: int, bins: int = 360) -> np.ndarray:
     raise ValueError(f"angle_histogram: length={length} and bins={bins} must be positive")
   if rope.inv_freq.ndim > 1:
     raise ValueError("angle_histogram: frequencies differ by layer or head; take one row")
-  positions = np.arange(length)
   periods = np.zeros(len(rope.inv_freq), int) if rope.period is None else rope.period.astype(int)
-  counts = np.empty((len(rope.inv_freq), bins))
-  # One pair at a time: [length] fits in a cache.
-  for i, (frequency, period) in enumerate(zip(rope.inv_freq, periods)):
-    if period:  # whole wavelengths: exact, where floats would fall on either side of an edge
-      bin_ = positions % period * bins // period
-    else:
-      bin_ = (positions * frequency % TWO_PI * (bins / TWO_PI)).astype(np.int64)
-    # The angle of a full turn less a rounding error falls into the last bin, not past it.
-    counts[i] = np.bincount(np.minimum(bin_, bins - 1), minlength=bins)
+  counts = np.zeros((len(rope.inv_freq), bins))
+  # Some positions and one pair at a time: they fit in a cache.
+  for first in range(0, length, _POSITIONS):
+    positions = np.arange(first, min(first + _POSITIONS, length))
+    for i, (frequency, period) in enumerate(zip(rope.inv_freq, periods)):
+      if period:  # whole wavelengths: exact, where floats would fall on either side of an edge
+        bin_ = positions % period * bins // period
+      else:
+        bin_ = (positions * frequency % TWO_PI * (bins / TWO_PI)).astype(np.int64)
+      # The angle of a full turn less a rounding error falls into the last bin, not past it.
+      counts[i] += np.bincount(np.minimum(bin_, bins - 1), minlength=bins)
   return counts / length
 
 
@@ -143,6 +148,13 @@ def dprope(
     )
   if not candidates:
     raise ValueError("dprope.candidates must name at least one transform, e.g. 'pi'")
+  if not 1 <= bins <= _MOST_BINS:
+    raise ValueError(f"dprope.bins must be from 1 to {_MOST_BINS:,}, got {bins}")
+  if factor * rope.original_context > _MOST_POSITIONS:
+    raise ValueError(
+      f"dprope: a context of factor={factor:g} times original_context={rope.original_context:,} "
+      f"must be at most {_MOST_POSITIONS:,} tokens, whose angles are counted one by one"
+    )
   made = [_candidate(rope, c, factor) for c in candidates]
   length = round(factor * rope.original_context)
   measured = dict(bins=bins, direction=direction, reduction=reduction)

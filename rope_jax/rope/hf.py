@@ -15,13 +15,12 @@ import math
 import numpy as np
 
 from rope_jax.rope import scaling, shaping
+from rope_jax.rope.limits import MOST_TOKENS
 from rope_jax.rope.longrope import longrope
 from rope_jax.rope.rotary import Rope, base
 
 # A frequency of zero as a factor that strict JSON can hold: the angle stays below 1e-20 rad.
 _STILL = 1e30
-
-_LARGEST = 2**31  # positions are int32
 _LENGTHS = {"original_max_position_embeddings"}
 _LISTS = ("short_factor", "long_factor")
 # Written by the YaRN repository; changes no frequency.
@@ -98,8 +97,8 @@ def from_hf(config: dict, seq_len: int | None = None, layer_type: str | None = N
   factor = parameters.get("factor")
   if factor is None:
     factor = maximum / original if kind in ("yarn", "longrope") else 1.0
-  if not 1 <= factor <= _LARGEST:
-    raise ValueError(f"rope_parameters.factor={factor} must be at least 1, and at most 2^31")
+  if not 1 <= factor <= MOST_TOKENS:
+    raise ValueError(f"rope_parameters.factor={factor} must be from 1 to 2^31 - 1")
   if partial is not None and not 0 < partial <= 1:
     raise ValueError(f"rope_parameters.partial_rotary_factor={partial} must be in (0, 1]")
   _check_lengths(kind, factor, original, maximum, parameters)
@@ -345,6 +344,6 @@ def _list(key: str, value) -> None:
 
 
 def _whole(key: str, value) -> int:
-  if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
-    raise ValueError(f"{key}={value!r} must be a positive whole number, at most 2^31")
+  if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_TOKENS:
+    raise ValueError(f"{key}={value!r} must be a whole number from 1 to 2^31 - 1")
   return value

@@ -9,14 +9,19 @@ model applies to the rope it is given before `cos_sin`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rope_jax.rope.limits import check_tokens
 from rope_jax.rope.rotary import TWO_PI, Rope
 from rope_jax.rope.scaling import check_length
+
+_MOST_MIXED = 2**26  # numbers of a mix or of a matrix
+_MOST_STEPS = 2**20  # of the integration
 
 
 def fope(
@@ -54,6 +59,12 @@ def fope(
     raise ValueError("fope: apply it before stacking ropes by layer or head")
   if rope.mix is not None:
     raise ValueError("fope: this rope is mixed already")
+  numbers = (kv_heads if per_head else 1) * len(rope.inv_freq) ** 2
+  if numbers > _MOST_MIXED:
+    raise ValueError(
+      f"fope: per_head={per_head}, num_kv_heads={kv_heads} and the pairs of head_dim="
+      f"{rope.head_dim} make a mix of {numbers:,} numbers: expected at most {_MOST_MIXED:,}"
+    )
   kept = rope.inv_freq > TWO_PI / rope.original_context
   n, pairs = int(kept.sum()), len(kept)
   rng = np.random.default_rng(seed)
@@ -106,11 +117,29 @@ def clex(
     raise ValueError(f"clex.activation must be 'tanh' or 'silu', got {activation!r}")
   if not 0 < time_step <= 1:
     raise ValueError(f"clex.time_step must be in (0, 1], got {time_step}")
+  check_tokens("clex: max_factor times original_context", max_factor * rope.original_context)
+  if (max_factor - 1) / time_step > _MOST_STEPS:
+    raise ValueError(
+      f"clex.max_factor={max_factor} in steps of clex.time_step={time_step} must be at most "
+      f"{_MOST_STEPS:,} steps"
+    )
+  if (numbers := rope.rotary_dim**2 * param_factor) > _MOST_MIXED:
+    raise ValueError(
+      f"clex.param_factor={param_factor} makes matrices of {numbers:,} numbers: expected at most "
+      f"{_MOST_MIXED:,}"
+    )
   t = min(math.ceil(seq_len / rope.original_context), max_factor)
   options = dict(max_factor=max_factor, param_factor=param_factor)
   options |= dict(activation=activation, time_step=time_step)
+  exponents = _clex_exponents(rope)
+  slowest = rope.inv_freq * float(2 * max_factor - 1) ** -exponents
+  if np.any(slowest < np.finfo(np.float32).tiny):
+    raise ValueError(
+      "clex: learns from the logarithms of frequencies in float32, which must be at least "
+      f"{np.finfo(np.float32).tiny:.3g} at max_factor={max_factor}, got {slowest.min():g}"
+    )
   out = rope.apply(
-    "clex", rope.inv_freq * (2 * t - 1) ** -_clex_exponents(rope), seq_len=seq_len, **options
+    "clex", rope.inv_freq * float(2 * t - 1) ** -exponents, seq_len=seq_len, **options
   )
   return dataclasses.replace(out, time=float(t))
 
@@ -154,10 +183,12 @@ def clex_correct(
   exponents = jnp.asarray(_clex_exponents(rope), jnp.float32)
   base = jnp.log(inv_freq) + exponents * jnp.log(2 * t - 1)
   act = CLEX_ACTIVATIONS[activation]
+  # Accelerators multiply float32 in bfloat16 unless they are told not to.
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
   def slope(time, c):
     known = base - exponents * jnp.log(2 * time - 1)
-    return act((2 * known + c) @ params["up"]) @ params["down"]
+    return product(act(product(2 * known + c, params["up"])), params["down"])
 
   steps = max(1, math.ceil((max_factor - 1) / time_step))
   h = (t - 1) / steps

@@ -14,9 +14,10 @@ import math
 
 import numpy as np
 
+from rope_jax.rope.limits import check_tokens
 from rope_jax.rope.resonance import critical_pair
 from rope_jax.rope.rotary import Rope
-from rope_jax.rope.scaling import check_factor, check_length, temperature
+from rope_jax.rope.scaling import check_factor, check_length, fits_float32, temperature
 
 
 def longrope(
@@ -44,6 +45,8 @@ def longrope(
   """
   if start_tokens < 0:
     raise ValueError(f"longrope.start_tokens must be 0 or positive, got {start_tokens}")
+  if start_tokens:
+    check_tokens("longrope.start_tokens", start_tokens)
   out = _by_length(rope, "longrope", factor, seq_len, long_factor, short_factor, attention)
   if not start_tokens:
     return out
@@ -84,7 +87,7 @@ def longrope2(
   above = np.asarray(tail if len(tail) else [factor] * (pairs - c), np.float64)
   if above.shape != (pairs - c,):
     raise ValueError(
-      f"longrope2.tail must have {pairs - c} factors, for pairs {c} to {pairs - 1}, "
+      f"longrope2.tail must have {pairs - c} factors, for pairs {c} to {pairs - 1} of head_dim, "
       f"got {len(above)}"
     )
   if np.any(np.diff(above) < 0) or above[0] < factor:
@@ -133,7 +136,9 @@ def _by_length(
   long, short = np.broadcast_arrays(options["long_factor"], options["short_factor"])
   factors = long if seq_len > rope.original_context else short
   scale = _attention(rope, name, attention, factor)
-  return rope.apply(name, rope.inv_freq / factors, scale, factor=factor, seq_len=seq_len, **options)
+  with np.errstate(over="ignore"):  # `apply` refuses what is not finite
+    inv_freq = rope.inv_freq / factors
+  return rope.apply(name, inv_freq, scale, factor=factor, seq_len=seq_len, **options)
 
 
 def _factors(rope: Rope, key: str, factors, default: float | None = None) -> np.ndarray:
@@ -146,8 +151,9 @@ def _factors(rope: Rope, key: str, factors, default: float | None = None) -> np.
     out = np.empty(0)
   if out.ndim not in (1, 2) or out.shape[-1] != pairs:
     raise ValueError(
-      f"{key} must have a factor for each of the {pairs} pairs (or a row of them for each layer), "
-      f"got {out.shape[-1] if out.ndim == 1 else out.shape}"
+      f"{key} must have a factor for each of the {pairs} pairs, half of head_dim times "
+      "partial_rotary_factor (or a row of them for each layer), got "
+      f"{out.shape[-1] if out.ndim == 1 else out.shape}"
     )
   if not (np.all(np.isfinite(out)) and np.all(out > 0)):
     raise ValueError(f"{key} must be finite and positive, got {out.tolist()}")
@@ -165,6 +171,6 @@ def _attention(rope: Rope, name: str, policy, factor: float) -> float:
     scale = float(policy)
   except (TypeError, ValueError):
     scale = -1.0
-  if not (math.isfinite(scale) and scale > 0):
+  if not fits_float32(scale):
     raise ValueError(f"{name}.attention must be 'su', 'yarn' or a positive number, got {policy!r}")
   return scale

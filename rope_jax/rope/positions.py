@@ -3,12 +3,15 @@
 Pure functions of a PRNG key, for one sequence; jit and vmap them over a batch. `length` and
 `context` are static; `tokens`, how many of the sequence are real, may be traced. Positions past
 the real tokens are of no account. The data pipeline applies them by `config.data.positions`.
+Sizes by which a position could pass 2^31 - 1 are a ValueError.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from rope_jax.rope.limits import check_tokens
 
 
 def pose(
@@ -70,6 +73,9 @@ def e2_llm(
   _check(length, original_context)
   scale_key, offset_key = jax.random.split(key)
   most = -(-context // original_context)
+  check_tokens(
+    "e2_llm: ceil(context / original_context) * original_context", most * original_context
+  )
   g = jax.random.randint(scale_key, (), 1, most + 1)
   t = jax.random.randint(offset_key, (), 0, g * original_context - length + 1)
   n = jnp.arange(length, dtype=jnp.int32) + t
@@ -87,6 +93,7 @@ def randomised(key: jax.Array, *, length: int, context: int) -> jax.Array:
 
 def clex_time(key: jax.Array, *, max_factor: int) -> jax.Array:
   """CLEX: the length ratio t of a training step, uniform in 1 .. max_factor. int32."""
+  check_tokens("clex: max_factor + 1", max_factor + 1)  # the end of what is drawn from
   return jax.random.randint(key, (), 1, max_factor + 1)
 
 
@@ -103,6 +110,7 @@ def clex(key: jax.Array, time: jax.Array, *, length: int, max_factor: int) -> ja
   """
   if length < 2:
     raise ValueError(f"clex: length must be at least 2, got {length}")
+  check_tokens("clex: max_factor * length", max_factor * length)
   end = time * length - 1
   # Random order of all candidates, those past the end last; the first length - 2 are the sample.
   candidates = jnp.arange(1, max_factor * length - 1, dtype=jnp.int32)
@@ -131,5 +139,6 @@ def mixed_windows(segment_ids: jax.Array, *, original_context: int) -> jax.Array
 
 
 def _check(length: int, context: int) -> None:
+  check_tokens("positions: context", context)
   if not 1 <= length <= context:
     raise ValueError(f"positions: length={length} must be from 1 to {context}")

@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rope_jax.rope.limits import check_positions, check_tokens
+
+# Of a head: transforms make float64 arrays of them on the host.
+MOST_CHANNELS = 2**16
+
 TWO_PI = 2 * np.pi
+# Radians per token. Beyond, not even float64 tells angles at two million tokens to 1e-6.
+MOST_RADIANS = 2.0**11
 
 
 @jax.tree_util.register_pytree_node_class
@@ -68,7 +75,7 @@ class Rope:
   @property
   def wavelengths(self) -> np.ndarray:
     """[..., pairs] tokens per full turn; infinite where the frequency is zero."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
       return TWO_PI / np.asarray(self.inv_freq, np.float64)
 
   @property
@@ -92,13 +99,28 @@ class Rope:
       **options: for `history`. `factor` above 1, or `seq_len`, says that this stretches the rope.
 
     Raises:
-      ValueError: if a frequency is negative or not finite, their number differs, the rope is
-        stretched already, or it has been through jit.
+      ValueError: if a frequency is negative or not finite or above 2^11 radians a token, their
+        number differs, the attention scale is no positive float32, the rope is stretched already
+        or past 2^31 - 1 tokens, or it has been through jit.
     """
     self.require_host(name)
     inv_freq = np.asarray(inv_freq, np.float64)
-    if not np.all(np.isfinite(inv_freq)) or np.any(inv_freq < 0):
-      raise ValueError(f"{name}: frequencies must be finite and not negative, got {inv_freq}")
+    wrong = ~np.isfinite(inv_freq) | (inv_freq < 0)
+    if np.any(wrong):
+      raise ValueError(
+        f"{name}: frequencies must be finite and not negative, got {inv_freq[wrong][0]}"
+      )
+    if np.any(inv_freq > MOST_RADIANS):
+      raise ValueError(
+        f"{name}: frequencies must be at most {MOST_RADIANS:g} radians a token, for angles to be "
+        f"exact at long positions, got {inv_freq.max():g}"
+      )
+    attention_scale = self.attention_scale * attention_scale
+    least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if not (np.all(attention_scale >= least) and np.all(attention_scale <= most)):
+      raise ValueError(
+        f"{name}: the attention scale must be a positive float32, got {attention_scale}"
+      )
     if inv_freq.shape[-1:] != self.inv_freq.shape[-1:]:
       raise ValueError(
         f"{name}: {self.inv_freq.shape[-1]} frequencies expected, got {inv_freq.shape}"
@@ -107,10 +129,11 @@ class Rope:
     if factor > 1 or "seq_len" in options:
       self.refuse_twice(name)
       context = max(options.get("seq_len", 0), round(self.original_context * factor))
+      check_tokens(f"{name}: original_context times factor, or seq_len,", context)
     return dataclasses.replace(
       self,
       inv_freq=inv_freq,
-      attention_scale=self.attention_scale * attention_scale,
+      attention_scale=attention_scale,
       context=context,
       history=(*self.history, (name, options)),
       period=None,
@@ -169,14 +192,15 @@ def base(
   Raises:
     ValueError: naming the argument that is out of range.
   """
-  if head_dim <= 0 or head_dim % 2:
-    raise ValueError(f"head_dim must be even and positive, got {head_dim}")
+  if not 0 < head_dim <= MOST_CHANNELS or head_dim % 2:
+    expected = f"even and positive, and at most {MOST_CHANNELS:,}"
+    raise ValueError(f"head_dim must be {expected}, got {head_dim}")
   if not (np.isfinite(theta) and theta > 1):
     raise ValueError(f"theta must be finite and above 1, got {theta}")
-  if original_context < 1:
-    raise ValueError(f"original_context must be at least 1 token, got {original_context}")
-  d = int(head_dim * partial_rotary_factor)
-  if not 0 < partial_rotary_factor <= 1 or d < 2 or d % 2:
+  check_tokens("original_context", original_context)
+  share = 0 < partial_rotary_factor <= 1
+  d = int(head_dim * partial_rotary_factor) if share else 0
+  if not share or d < 2 or d % 2:
     raise ValueError(
       f"partial_rotary_factor={partial_rotary_factor} must be in (0, 1] and leave an even number "
       f"of the {head_dim} channels, not {d}"
@@ -195,11 +219,14 @@ def rebase(rope: Rope, original_context: int | None = None) -> Rope:
   Args:
     rope: as the model has it.
     original_context: tokens that the model was trained on; `rope.context` if None.
+
+  Raises:
+    ValueError: if original_context is not from 1 to 2^31 - 1, or the rope has been through jit.
   """
   rope.require_host("rebase")
-  length = rope.context if original_context is None else int(original_context)
-  if length < 1:
-    raise ValueError(f"rebase: original_context must be at least 1 token, got {original_context}")
+  length = rope.context if original_context is None else original_context
+  check_tokens("rebase: original_context", length)
+  length = int(length)
   history = (*rope.history, ("rebase", dict(original_context=length)))
   return dataclasses.replace(rope, original_context=length, context=length, history=history)
 
@@ -285,14 +312,16 @@ def cos_sin(
   The angle is reduced to one turn in 64-bit fixed point, where it is exact: multiplying two
   integers modulo 2^64 *is* reduction modulo a turn. The product position * inv_freq in float32
   would be off by 0.06 rad at two million tokens; this is within 1e-6 rad of the float64 angle at
-  any int32 position. Frequencies traced in float32 (`with_inv_freq`) have but their own 24 bits,
-  a relative 1e-7: rotations stay exact relative to each other, of a frequency that much off.
+  any int32 position (of pairs faster than a radian a token, to two million). Frequencies traced in
+  float32 (`with_inv_freq`) have but their own 24 bits, a relative 1e-7, which is 0.2 rad of the
+  fastest pair there: rotations stay exact relative to each other, of a frequency that much off.
   Pairs with a period (`resonance`) repeat bit for bit: positions are reduced modulo it first.
 
   Args:
     rope: frequencies [pairs], [1, heads, pairs], or with an axis of layers, which goes the same way
       as heads (a model takes one layer at a time, see `per_layer`).
-    positions: [...] int32 token positions, not negative.
+    positions: [...] token positions, integers from 0 to 2^31 - 1. Inside jit or vmap their values
+      are not known: those that are out of range there wrap without an error.
     fractions: [...] float32 in [0, 1), added to positions (E2-LLM, CLEX); none if None.
     short: [...] bool, tokens that get `rope.short` instead.
 
@@ -301,12 +330,10 @@ def cos_sin(
     with respect to `rope.inv_freq`.
 
   Raises:
-    ValueError: if positions are not integers (a float or bf16 position is already wrong), the
-      frequencies narrower than float32, or `short` is given for a rope that has none.
+    ValueError: if positions are not integers (a float or bf16 position is already wrong) or out of
+      range, the frequencies narrower than float32, or `short` is given for a rope that has none.
   """
-  positions = jnp.asarray(positions)
-  if not jnp.issubdtype(positions.dtype, jnp.integer):
-    raise ValueError(f"positions must be integers, got {positions.dtype}")
+  positions = check_positions(positions)
   if rope.inv_freq.ndim == 3 and rope.inv_freq.shape[0] == 1:
     rope = jax.tree.map(lambda x: x[0], per_layer(rope, 1))
   cos, sin = _cos_sin(rope, positions, fractions)
@@ -343,8 +370,16 @@ def _cos_sin(rope: Rope, positions, fractions) -> tuple[jax.Array, jax.Array]:
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   if rope.mix is not None:
     mix_cos, mix_sin, offset = (jnp.asarray(x, jnp.float32) for x in rope.mix)
-    cos = jnp.einsum("...p,...pq->...q", cos[..., None, :] if mix_cos.ndim > 2 else cos, mix_cos)
-    sin = jnp.einsum("...p,...pq->...q", sin[..., None, :] if mix_sin.ndim > 2 else sin, mix_sin)
+    # Accelerators multiply float32 in bfloat16 unless they are told not to.
+    cos, sin = (
+      jnp.einsum(
+        "...p,...pq->...q",
+        x[..., None, :] if mix.ndim > 2 else x,
+        mix,
+        precision=jax.lax.Precision.HIGHEST,
+      )
+      for x, mix in ((cos, mix_cos), (sin, mix_sin))
+    )
     sin += offset
   scale = jnp.asarray(scale, jnp.float32)[..., None]
   return cos * scale, sin * scale

@@ -14,6 +14,7 @@ import math
 
 import numpy as np
 
+from rope_jax.rope.limits import check_tokens
 from rope_jax.rope.rotary import TWO_PI, Rope
 
 
@@ -173,6 +174,11 @@ def yarn(
     scale = temperature(factor, mscale or 1.0) / (
       temperature(factor, mscale_all_dim) if mscale else 1.0
     )
+  if not fits_float32(scale):
+    raise ValueError(
+      f"yarn.mscale={mscale} and yarn.mscale_all_dim={mscale_all_dim} make an attention scale of "
+      f"{scale:g}, which float32 does not hold"
+    )
   options = dict(ramp=ramp, beta_fast=beta_fast, beta_slow=beta_slow, truncate=truncate)
   options |= dict(mscale=mscale, mscale_all_dim=mscale_all_dim, attention_factor=attention_factor)
   return rope.apply("yarn", inv_freq, scale, factor=factor, **options)
@@ -245,9 +251,13 @@ def check_factor(name: str, factor: float) -> None:
 
 
 def check_length(name: str, seq_len: int) -> None:
-  """Raises ValueError, naming the method, for a sequence of no tokens."""
-  if seq_len < 1:
-    raise ValueError(f"{name}: seq_len must be at least 1 token, got {seq_len}")
+  """Raises ValueError, naming the method, for a sequence of no tokens or of 2^31 and more."""
+  check_tokens(f"{name}: seq_len", seq_len)
+
+
+def fits_float32(scale: float) -> bool:
+  """Whether a scale of cos and sin is positive and finite on the device, too."""
+  return float(np.finfo(np.float32).tiny) <= scale <= float(np.finfo(np.float32).max)
 
 
 def _places(rope: Rope) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rope_jax.errors import check
+from rope_jax.errors import MOST, check
 from rope_jax.search.candidate import Candidate, Space, candidate, mix, new
 
 # evaluate(candidates, title) -> their fitness, lower is better.
@@ -55,7 +55,11 @@ class Evolution:
     check(self.step > 0, f"{where}.step", self.step, "positive")
     low, high = self.bounds(space)
     check(high >= low + self.step, f"{where}.upper", self.upper,
-          f"0 or at least {low + self.step:g}: no factor could change")  # fmt: skip
+          f"0 or at least {low + self.step:g}, one {where}.step above the least: no factor could "
+          "change")  # fmt: skip
+    check((high - low) / self.step <= MOST, f"{where}.step", self.step,
+          f"so large that there are at most {MOST:,} steps from {low:g} to {high:g}, by "
+          f"{where}.upper or the factor s={space.factor:g}")  # fmt: skip
     for given in space.initial:
       check(given.monotone, "search.initial", list(given.factors),
             "factors that do not fall from pair to pair: mutation keeps their order")  # fmt: skip

@@ -13,6 +13,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rope_jax import reading
+
+_MOST_BYTES = 2**32  # a search may be long
+
 
 class Journal:
   """Questions and answers in a file of JSON lines.
@@ -23,14 +27,15 @@ class Journal:
     writes: whether this process, of several that all compute the same, writes.
 
   Raises:
-    ValueError: if the file is of a search with other settings, naming them.
+    ValueError: if the file is of a search with other settings, naming them, or is damaged or of
+      another kind. It is left as it is.
   """
 
   def __init__(self, path: str, settings: dict, writes: bool = True):
     self.path, self._writes = path, writes
-    self._known = _lines(path)
-    self._next = 1
     settings = json.loads(json.dumps(settings))
+    self._known, whole, rest = _lines(path, settings)
+    self._next = 1
     if not self._known:
       self._append(settings, "w")
       return
@@ -40,11 +45,10 @@ class Journal:
     if changed:
       raise ValueError(
         f"{path} holds a search with other settings; choose another --workdir, or set back: "
-        + ", ".join(changed)
+        + reading.listed(changed)
       )
-    if writes:  # what is left of a line that was being written is gone
-      whole = "".join(json.dumps(line) + "\n" for line in self._known)
-      with open(path + ".tmp", "w") as f:
+    if writes and rest:  # of a line that was being written
+      with open(path + ".tmp", "w", encoding="utf-8", newline="") as f:
         f.write(whole)
       os.replace(path + ".tmp", path)
 
@@ -92,20 +96,51 @@ class Journal:
       self._known = [line]
 
 
-def _lines(path: str) -> list[dict]:
-  """The whole lines of a file."""
-  if not os.path.exists(path):
-    return []
-  with open(path) as f:
-    text = f.read()
-  return [json.loads(line) for line in text.split("\n")[:-1]]
+def _lines(path: str, settings: dict) -> tuple[list[dict], str, str]:
+  """The whole lines of a file, settings, then questions with answers; their text; the rest."""
+  if not os.path.lexists(path):
+    return [], "", ""
+  text = reading.read_text(path, _MOST_BYTES)
+  *whole, rest = text.split("\n")
+  if not whole and not json.dumps(settings).startswith(rest):
+    # Only what a search with these settings was writing when it was cut off may be written over.
+    raise _damaged(path, 1, "no whole line, and not the beginning of these settings")
+  out = []
+  for number, written in enumerate(whole, 1):
+    try:
+      line = reading.parse(written)
+    except ValueError as error:
+      raise _damaged(path, number, error) from None
+    if not isinstance(line, dict) or number > 1 and not _is_answer(line):
+      raise _damaged(path, number, "not what a search writes")
+    out.append(line)
+  return out, text.removesuffix(rest), rest
+
+
+def _is_answer(line: dict) -> bool:
+  """Whether a line has a question, and the numbers that answer it, one for each candidate."""
+  question, answer = line.get("question"), line.get("answer")
+  if line.keys() != {"question", "answer"} or not isinstance(question, dict):
+    return False
+  if not isinstance(answer, list) or not all(map(reading.is_number, answer)):
+    return False
+  asked = question.get("fitness", question.get("gradient"))
+  return isinstance(asked, list) and len(asked) == len(answer)
+
+
+def _damaged(path: str, number: int, what) -> ValueError:
+  return reading.refusal(
+    path, f"line {number} is damaged ({what}); choose another --workdir, or delete the file"
+  )
 
 
 def _same(a, b) -> bool:
   if isinstance(a, dict):
     return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
   if isinstance(a, (list, tuple)):
-    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    return (
+      isinstance(b, list | tuple) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    )
   if isinstance(a, float):
-    return bool(np.isclose(a, b, rtol=1e-6, atol=0))
+    return reading.is_number(b) and bool(np.isclose(a, b, rtol=1e-6, atol=0))
   return a == b

@@ -112,10 +112,11 @@ class Released(LongRoPE2):
   least = 4
 
   def check(self, space: Space) -> None:
-    super().check(space)
     c = self._critical(space)
     check(0 < c < space.pairs - 1, "search.longrope2_released.critical", self.critical,
-          f"from 1 to {space.pairs - 2}")  # fmt: skip
+          f"from 1 to {space.pairs - 2}: model.head_dim={space.rope.head_dim} leaves "
+          f"{space.pairs} pairs")  # fmt: skip
+    super().check(space)
     largest = self._tail(space, 7)[-1]
     check(self.bounds(space)[1] >= largest, "search.longrope2_released.upper", self.upper,
           f"0 or at least {largest:g}, the end of the largest seed")  # fmt: skip

@@ -23,8 +23,9 @@ from rope_jax.search.candidate import Candidate, Space
 from rope_jax.search.fitness import SubjectFitness, TokenFitness, entry_value, rows
 from rope_jax.search.journal import Journal
 from rope_jax.search.settings import JOURNAL
-from rope_jax.train import loop, multihost, sharding, state
+from rope_jax.train import loop, multihost, preemption, sharding, state
 from rope_jax.train import subject as subject_lib
+from rope_jax.train.lock import Lock
 from rope_jax.train.metrics import duration
 
 
@@ -127,13 +128,13 @@ class Search:
     state.check_init(model_config, self.workdir)
     mesh = sharding.make_mesh(c.mesh, c.mesh.fsdp * jax.device_count(), must_divide=False)
     sharding.check(c, mesh, self.entry.lengths)
-    with jax.set_mesh(mesh):
+    with Lock(self.workdir, "train") as lock, jax.set_mesh(mesh):
       text = loop.load_tokenizer(model_config, self.workdir)
       try:
         data = None if self._function else rows(self.entry, evals.Subject(c, text, None))
       except ValueError as error:
         raise ValueError(f"config.search.fitness: {error}") from error
-      os.makedirs(self.workdir, exist_ok=True)
+      lock.take()
       multihost.wait("search")
       self._journal = Journal(
         os.path.join(self.workdir, JOURNAL), self._settings(text, data), multihost.is_main()
@@ -141,10 +142,10 @@ class Search:
       self._make = lambda: self._fitness_of(model_config, mesh, text, data)
       self._samples = len(data.tokens) if data else 1
       found = self._searched()
-    result = self._result(found)
-    if multihost.is_main():
-      config_lib.write_json(os.path.join(self.workdir, settings.FACTORS), result)
-      self._draw(found)
+      result = self._result(found)
+      if multihost.is_main():
+        config_lib.write_json(os.path.join(self.workdir, settings.FACTORS), result)
+        self._draw(found)
     multihost.wait("searched")
     return result
 
@@ -158,6 +159,7 @@ class Search:
         new.setdefault(x.key, x)
     waiting = list(new.values())
     while waiting:
+      self._check_notice()
       size = self._group_size()
       group, waiting = waiting[:size], waiting[size:]
       self._bar.set_description(title)
@@ -170,6 +172,7 @@ class Search:
 
   def gradient(self, at: Candidate, samples: int, step: int) -> list[float]:
     """The gradient at a candidate, see `TokenFitness.gradient`."""
+    self._check_notice()
     used = min(samples, self._samples) or self._samples
     self._cost += gradient.COST * used / self._samples
     question = dict(gradient=list(at.factors), samples=samples, step=step)
@@ -182,6 +185,10 @@ class Search:
     return answer
 
   # ---- What happens around them.
+
+  def _check_notice(self) -> None:
+    """Between two questions to the journal, where nothing is lost."""
+    preemption.check()
 
   def _searched(self) -> Candidate:
     total = self.method.budget(self.space)

@@ -102,7 +102,7 @@ def validate(c: ConfigDict) -> None:
         check(s[name][key] == value, f"search.{name}.{key}", s[name][key],
               f"left at {value!r}, since search.method={s.method!r} does not use it")  # fmt: skip
   check(c.rope.scaling == "longrope", "rope.scaling", c.rope.scaling,
-        "'longrope', whose factors config.search is for")  # fmt: skip
+        f"'longrope', whose factors search.method={s.method!r} is for")  # fmt: skip
   check(s.batch_size >= 0, "search.batch_size", s.batch_size, "0 (by memory) or positive")
   check(c.train.rope == "scaled", "train.rope", c.train.rope, "'scaled' where factors are searched")
   block = c.rope.longrope
@@ -116,6 +116,8 @@ def validate(c: ConfigDict) -> None:
     for key in ("factors", "long_factor", "start_tokens"):
       check(not (s.base and block[key]), f"rope.longrope.{key}", block[key],
             "empty where search.base names the long factors")  # fmt: skip
+    check(s.base or block.factors or block.long_factor, "search.factors", s.factors,
+          "'long', or long factors in search.base or rope.longrope")  # fmt: skip
     check("longrope2" not in s.method, "search.method", s.method,
           "another where search.factors='short': factors of longrope2 are at least s")  # fmt: skip
     start = s.longrope.start_tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Sequence
 
@@ -15,18 +14,22 @@ from rope_jax import evals, report, resolve
 from rope_jax.data import batches as batches_lib
 from rope_jax.data import corpus, posgen, tokenizer, tokens
 from rope_jax.data.arrange import Arrange
+from rope_jax.errors import DiskError, Preempted
 from rope_jax.model.config import from_config
 from rope_jax.model.llama import Llama
-from rope_jax.train import flops, multihost, sharding, state
+from rope_jax.train import answers as answers_lib
+from rope_jax.train import dump, flops, multihost, preemption, sharding, state
 from rope_jax.train import profile as profile_lib
 from rope_jax.train import step as step_lib
 from rope_jax.train import subject as subject_lib
 from rope_jax.train.checkpoint import Checkpoints
+from rope_jax.train.guard import guarded
+from rope_jax.train.lock import Lock
 from rope_jax.train.metrics import Metrics
 from rope_jax.train.optimizer import optimizer, schedule
 
 
-def train(c, workdir: str, profile: bool = False) -> dict:
+def train(c, workdir: str, profile: bool = False, keep: bool = False) -> dict:
   """Trains, evaluates and saves a run; continues it if the workdir holds a part of it.
 
   Args:
@@ -35,30 +38,38 @@ def train(c, workdir: str, profile: bool = False) -> dict:
       results.json.
     profile: whether two steps are traced, to profile/ and profile.txt; of a run of no steps, what
       `evaluate` traces.
+    keep: whether what the model has answered to the last evaluations is kept until `forget`.
 
   Returns:
     The results of the evaluations, as in results.json.
 
   Raises:
-    ValueError: for settings that do not fit each other, the data, the devices or the workdir.
-    FloatingPointError: if the loss is not finite.
+    ValueError: for settings that do not fit each other, the data, the devices or the workdir; for a
+      workdir where another run is at work, or of which no checkpoint is whole.
+    FloatingPointError: if more than config.train.max_skipped steps in a row are not finite.
+    DiskError: if a checkpoint cannot be written.
+    Preempted: if the notice has come; what was done is saved.
   """
   # ---- The run: new, or the one that this directory holds.
   config_lib.check_workdir(c, workdir)
   state.check_init(c, workdir)
   if c.train.steps == 0:
-    results = evaluate(c, workdir, profile)
+    results = evaluate(c, workdir, profile, keep)
     if multihost.is_main():
       config_lib.write(c, workdir)
     multihost.wait("evaluated")  # a later run of a comparison may start from this one
     return results
   mesh = sharding.make_mesh(c.mesh, c.train.batch_size // c.train.accumulation)
   sharding.check(c, mesh, [config_lib.train_length(c), *evals.lengths(c)])
-  with jax.set_mesh(mesh), profile_lib.Steps(workdir if profile else None) as trace:
-    return _train(c, workdir, mesh, trace)
+  with (
+    Lock(workdir, "train") as lock,
+    jax.set_mesh(mesh),
+    profile_lib.Steps(workdir if profile else None) as trace,
+  ):
+    return _train(c, workdir, mesh, lock, trace, keep)
 
 
-def _train(c, workdir: str, mesh, trace: profile_lib.Steps) -> dict:
+def _train(c, workdir: str, mesh, lock: Lock, trace: profile_lib.Steps, keep: bool) -> dict:
   # ---- Data. A batch is a function of the step: nothing else to save or restore.
   text = load_tokenizer(c, workdir)
   store, fingerprint = training_documents(c, text)
@@ -90,13 +101,14 @@ def _train(c, workdir: str, mesh, trace: profile_lib.Steps) -> dict:
     return sharding.put_batch(lambda rows: batches(step, rows), shape, split)
 
   # ---- Model and optimizer. The rope is data, passed to every step; another one never recompiles.
-  model, tx = Llama(from_config(c)), optimizer(c.train)
+  model, tx = Llama(from_config(c)), guarded(optimizer(c.train), c.train.max_skipped)
   rope = resolve.training_rope(c)
   trainable, frozen = state.split(c, state.initial_variables(c, mesh, workdir))
   placement = sharding.shardings(mesh, jax.eval_shape(tx.init, trainable))
   opt_state = jax.jit(tx.init, out_shardings=placement)(trainable)
 
   # ---- All that could be wrong has been found: the directory is ours.
+  lock.take()
   if multihost.is_main():
     sizes = dict(parameters=count(frozen) + count(trainable), trained_parameters=count(trainable))
     config_lib.write(c, workdir, **facts, **sizes)
@@ -104,11 +116,11 @@ def _train(c, workdir: str, mesh, trace: profile_lib.Steps) -> dict:
 
   # ---- Resume: the newest whole checkpoint of this run, if there is one.
   checkpoints = Checkpoints(workdir, keep=c.checkpoint.keep)
-  first = checkpoints.latest() or 0
+  items = dict(trainable=trainable, opt_state=opt_state)
+  first, restored, damage = checkpoints.resume(c.checkpoint.on_damage, **state.abstract_of(items))
   if first:
-    abstract = state.abstract_of(dict(trainable=trainable, opt_state=opt_state))
-    restored = checkpoints.restore(first, **abstract)
     trainable, opt_state = restored["trainable"], restored["opt_state"]
+  del items, restored
 
   # ---- What is about to happen.
   adapters = count({k: v for k, v in trainable.items() if k != "params"})
@@ -122,7 +134,7 @@ def _train(c, workdir: str, mesh, trace: profile_lib.Steps) -> dict:
     flops.peak_flops() and flops.peak_flops() * mesh.size,
   )
   metrics.say(
-    f"{report.rope_line(c)}\n"
+    f"{damage}{report.rope_line(c)}\n"
     f"model: {count(frozen) + count(trainable):,} parameters, {count(trainable):,} trained "
     f"({', '.join(trainable)}); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}\n"
     f"data: {c.data.source}, {batches.total:,} tokens; "
@@ -147,51 +159,87 @@ def _train(c, workdir: str, mesh, trace: profile_lib.Steps) -> dict:
   def finish(pending):
     step, values = pending
     values = {k: float(v) for k, v in jax.device_get(values).items()}
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-      raise FloatingPointError(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the newest "
-        f"checkpoint in {workdir} is from step {checkpoints.latest() or 0}"
-      )
     metrics.count(step, values.pop("tokens"))
-    if step % c.train.log_every == 0 or step in (1, c.train.steps):
-      values["learning_rate"] = float(learning_rate(step - 1))
+    in_a_row, ratio = values.pop("in_a_row"), values.pop("grad_ratio")
+    if in_a_row > c.train.max_skipped:
+      raise FloatingPointError(stopped(step, values))
+    odd = in_a_row > 0
+    if odd:
+      metrics.say(f"step {step}: {_shown(values)}: left out, as it is not finite")
+    elif ratio > c.train.spike > 0:
+      odd, values["grad_spike"] = True, ratio
+      metrics.say(f"step {step}: {_shown(values)}: {ratio:.1f} times the mean of those before")
+    if odd or step % c.train.log_every == 0 or step in (1, c.train.steps):
+      values["learning_rate"] = float(learning_rate(step - 1 - int(values["skipped"])))
       metrics.log_training(step, values)
 
+  def stopped(step, values):
+    # Since that step nothing has changed: see `guarded`.
+    time, items = arrange.time(step - 1), dict(trainable=trainable, opt_state=opt_state)
+    try:
+      place = dump.write(workdir, step, batches(step - 1), time, values, **items)
+      then = f"look into it with launch/replay.py {place}"
+    except (DiskError, OSError) as error:  # it does not hide what has happened
+      then = f"the step could not be kept: {error}"
+    return (
+      f"step {step}: {_shown(values)}, not finite, and more than "
+      f"config.train.max_skipped={c.train.max_skipped} in a row; {then}; the newest checkpoint is "
+      f"from step {checkpoints.latest() or 0}"
+    )
+
+  def save(step):
+    checkpoints.save(step, trainable=trainable, opt_state=opt_state)
+
   def evaluate_due(step):
-    subject = subject_of({**frozen, **trainable})
-    for name in _due(c, step):
-      if not metrics.has(step, name):
-        metrics.write(step, _flat(name, evals.run(name, subject)))
+    due = [name for name in _due(c, step) if not metrics.has(step, name)]
+    if not due:
+      return
+    variables = {**frozen, **trainable}
+    with answers_lib.kept(c, workdir, "train", variables) as answers:
+      for name in due:
+        metrics.write(step, _flat(name, evals.run(name, subject_of(variables, answers))))
 
   multihost.wait("metrics")  # all have read the rows that there were
-  evaluate_due(first)  # if it was killed between the checkpoint and the evaluation
-  for step, batch in enumerate(batches_lib.prefetch(batch_of, first, c.train.steps), first + 1):
-    if c.data.positions == "clex":  # positions and frequencies of a step share their t
-      rope = resolve.training_rope(c, arrange.time(step - 1))
-    with trace.step(step, trainable):
-      trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
-    if pending:
-      finish(pending)
-    pending = step, values
-    due = _due(c, step)
-    saves = step % c.checkpoint.every == 0 or step == c.train.steps
-    if trace.ends(step, interrupted=bool(due or saves)):
-      jax.block_until_ready(trainable)
-      with metrics.paused():
-        trace.end(step)
-    if due or saves:
-      finish(pending)  # nothing that is not finite is ever saved
-      pending = None
-    if saves:
-      checkpoints.save(step, trainable=trainable, opt_state=opt_state)
-    if due:
-      with metrics.paused():
-        evaluate_due(step)
-  checkpoints.close()
+  with contextlib.ExitStack() as until_saved:
+    evaluate_due(first)  # if it was killed between the checkpoint and the evaluation
+    for step, batch in enumerate(batches_lib.prefetch(batch_of, first, c.train.steps), first + 1):
+      if c.data.positions == "clex":  # positions and frequencies of a step share their t
+        rope = resolve.training_rope(c, arrange.time(step - 1))
+      with trace.step(step, trainable):
+        trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
+      if step == first + 1:  # it is compiled: from now on there is something to lose
+        until_saved.enter_context(preemption.deferred())
+      if pending:
+        finish(pending)
+      pending = step, values
+      due = _due(c, step)
+      saves = step % c.checkpoint.every == 0 or step == c.train.steps
+      if trace.ends(step, interrupted=bool(due or saves)):
+        jax.block_until_ready(trainable)
+        with metrics.paused():
+          trace.end(step)
+      if due or saves:
+        finish(pending)  # nothing that is not finite is ever saved
+        pending = None
+      if saves:
+        save(step)
+      checkpoints.poll()
+      try:
+        preemption.check()
+        if due:
+          with metrics.paused():
+            evaluate_due(step)
+      except Preempted as notice:
+        if pending:
+          finish(pending)
+        save(step)
+        checkpoints.close()
+        metrics.close()
+        raise Preempted(f"saved after step {step} in {workdir}; {notice}") from None
+    checkpoints.close()
 
   # ---- The evaluations of the end.
-  subject = subject_of({**frozen, **trainable})
-  results = _evaluate(c, workdir, subject)
+  results = _evaluate(c, workdir, "train", {**frozen, **trainable}, subject_of, keep=keep)
   for name, result in results.items():
     if not metrics.has(c.train.steps, name):  # a finished run may be started again
       metrics.write(c.train.steps, _flat(name, result))
@@ -199,26 +247,40 @@ def _train(c, workdir: str, mesh, trace: profile_lib.Steps) -> dict:
   return results
 
 
-def evaluate(c, workdir: str, profile: bool = False) -> dict:
+def evaluate(c, workdir: str, profile: bool = False, keep: bool = False) -> dict:
   """The evaluations of a config on the newest checkpoint of a workdir.
 
   If the workdir holds no run, the model of config.init_from is evaluated as it is. Of a trained
   run, rope.context and rope.factor may differ, to look beyond the context that it was trained for.
-  With `profile`, the forward pass of the longest batch runs once more, to profile/ and profile.txt.
+  One that was cut off goes on where it was. With `profile`, the forward pass of the longest batch
+  runs once more, to profile/ and profile.txt. With `keep`, what the model has answered is kept
+  until `forget`.
   """
   rows = max([e.batch_size for e in c.evals.values()], default=1)
-  with _opened(c, workdir, rows, evals.lengths(c)) as subject:
-    evals.check(c, subject.tokenizer)
+  with (
+    Lock(workdir, "evaluate") as lock,
+    _opened(c, workdir, rows, evals.lengths(c)) as (variables, subject_of, text),
+  ):
+    evals.check(c, text)
+    lock.take()
     if multihost.is_main() and not config_lib.holds_run(workdir):
       # That of a run stays: it says what was trained, not what is evaluated.
-      os.makedirs(workdir, exist_ok=True)
       config_lib.write_json(os.path.join(workdir, "rope.json"), resolve.describe(c))
     if not profile:
-      return _evaluate(c, workdir, subject)
+      return _evaluate(c, workdir, "evaluate", variables, subject_of, keep=keep)
     longest = profile_lib.Longest()
-    results = _evaluate(c, workdir, longest.watch(subject))
+
+    def watched(variables, _):  # what is there already would leave nothing to trace
+      return longest.watch(subject_of(variables))
+
+    results = _evaluate(c, workdir, "evaluate", variables, watched, keep=keep)
     longest.trace(workdir)
     return results
+
+
+def forget(c, workdir: str, trained: bool) -> None:
+  """Deletes what `train` (`trained`) or `evaluate` keeps of answers: what they were for is done."""
+  answers_lib.forget(workdir, "train" if trained and c.train.steps else "evaluate")
 
 
 def generate(c, workdir: str, prompts: list[str], max_new_tokens: int, **options) -> list[str]:
@@ -234,7 +296,8 @@ def generate(c, workdir: str, prompts: list[str], max_new_tokens: int, **options
   Raises:
     ValueError: if a prompt and what follows it is longer than config.rope.context.
   """
-  with _opened(c, workdir, len(prompts)) as subject:
+  with _opened(c, workdir, len(prompts)) as (variables, subject_of, _):
+    subject = subject_of(variables)
     try:
       ids = [subject.prompt(text) for text in prompts]
     except ValueError as error:
@@ -245,10 +308,10 @@ def generate(c, workdir: str, prompts: list[str], max_new_tokens: int, **options
 
 @contextlib.contextmanager
 def _opened(c, workdir: str, rows: int, lengths: Sequence[int] = ()):
-  """The subject of a workdir's newest checkpoint or else of config.init_from, under its mesh."""
+  """(variables, what makes a subject of them, tokenizer) of `opened`, under its mesh."""
   with opened(c, workdir, rows, lengths) as (variables, mesh):
     text = load_tokenizer(c, workdir)
-    yield subject_lib.make(c, mesh, Llama(from_config(c)), text)(variables)
+    yield variables, subject_lib.make(c, mesh, Llama(from_config(c)), text), text
 
 
 @contextlib.contextmanager
@@ -324,15 +387,23 @@ def _due(c, step: int) -> list[str]:
   ]
 
 
-def _evaluate(c, workdir, subject) -> dict:
+def _evaluate(c, workdir, which, variables, subject_of, *, keep: bool) -> dict:
   """Runs all evaluations; each is written, and on the screen, as soon as it is done."""
-  results = {}
-  for name in c.evals:
-    results[name] = evals.run(name, subject)
-    if multihost.is_main():
-      config_lib.write_json(os.path.join(workdir, "results.json"), results)
-      print(report.brief(name, results[name]), flush=True)
+  results: dict = {}
+  if not c.evals:
+    return results
+  with answers_lib.kept(c, workdir, which, variables, together=True, keep=keep) as answers:
+    subject = subject_of(variables, answers)
+    for name in c.evals:
+      results[name] = evals.run(name, subject)
+      if multihost.is_main():
+        config_lib.write_json(os.path.join(workdir, "results.json"), results)
+        print(report.brief(name, results[name]), flush=True)
   return results
+
+
+def _shown(values: dict) -> str:
+  return f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.3g}"
 
 
 def _flat(name: str, result: dict) -> dict:

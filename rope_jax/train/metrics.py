@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -69,10 +70,13 @@ class Metrics:
   def write(self, step: int, values: dict) -> None:
     """Appends a row."""
     if self._write:
-      self._file.write(json.dumps(dict(step=step, **values)) + "\n")
+      # JSON has no NaN and no infinity.
+      plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
+      self._file.write(json.dumps(dict(step=step, **plain)) + "\n")
       self._file.flush()
-      for key, value in values.items():
-        self._board.add_scalar(key, value, step)
+      for key, value in plain.items():
+        if value is not None:
+          self._board.add_scalar(key, value, step)
 
   def say(self, text: str, *, progress: bool = False) -> None:
     """Prints a line; on a terminal, a progress line is overwritten by the next."""
@@ -96,8 +100,19 @@ class Metrics:
     """Keeps the whole rows up to a step: a kill may have cut the last, or left rows beyond."""
     if not os.path.exists(self._path):
       return
-    with open(self._path) as f:
-      rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+    rows = []
+    with open(self._path, encoding="utf-8", errors="replace") as f:
+      for number, line in enumerate(f, 1):
+        if not line.endswith("\n"):
+          continue  # cut off by a kill
+        try:
+          keeps = json.loads(line)["step"] <= step
+        except (KeyError, TypeError, ValueError):
+          raise ValueError(
+            f"--workdir={os.path.dirname(self._path)}: metrics.jsonl, line {number}, is damaged; "
+            "take the line out to go on without it"
+          ) from None
+        rows += [line] if keeps else []
     if self._write:
       with open(self._path + ".tmp", "w") as f:
         f.writelines(rows)

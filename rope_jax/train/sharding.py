@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from rope_jax.model.attention import ROWS
 from rope_jax.model.context import AXIS as CONTEXT
-from rope_jax.model.context import order
+from rope_jax.model.context import check_split
 
 AXES = (*ROWS, CONTEXT, "tensor")
 
@@ -74,7 +75,7 @@ def make_mesh(mesh_config, batch_rows: int, *, must_divide: bool = True, devices
     spread = several and not must_divide  # all take part, if only with copies
     data = left if spread else int(np.gcd(left, max(batch_rows // fsdp, 1)))
   shape = (data, fsdp, context, tensor)
-  used = int(np.prod(shape))
+  used = math.prod(shape)  # of whole numbers that do not wrap around
   if used > len(devices):
     raise ValueError(
       f"config.mesh: data={data} x {fixed} needs {used} devices, there are {len(devices)}"
@@ -113,7 +114,7 @@ def check(c, mesh: Mesh, lengths: Sequence[int]) -> None:
       )
   shards = mesh.shape[CONTEXT]
   for length in lengths:
-    order(length, shards, c.model.load_balance)
+    check_split(length, shards, c.model.load_balance)
     if "splash" in c.model.attention:
       from rope_jax.model import splash
 

@@ -108,7 +108,7 @@ def run_variables(workdir: str, mesh, step: int | None = None) -> dict:
   """All variables of a run: its base model, with what its newest checkpoint has trained.
 
   Raises:
-    ValueError: if there is no checkpoint.
+    ValueError: if there is no checkpoint, or it is damaged.
   """
   c = config_lib.read(workdir)
   variables = initial_variables(c, mesh, workdir)
@@ -117,7 +117,7 @@ def run_variables(workdir: str, mesh, step: int | None = None) -> dict:
   checkpoints = Checkpoints(workdir)
   step = checkpoints.latest() if step is None else step
   if step is None:
-    raise ValueError(f"{workdir}: the run has no checkpoint yet")
+    raise ValueError(f"--workdir={workdir}: the run has no checkpoint yet")
   if step not in checkpoints.steps():
     kept = ", ".join(map(str, checkpoints.steps()))
     raise ValueError(f"--step={step}: {workdir} has checkpoints after steps {kept}")

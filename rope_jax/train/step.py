@@ -14,13 +14,16 @@ from jax.sharding import PartitionSpec as P
 from rope_jax import compiler
 from rope_jax.model import attention
 from rope_jax.model.llama import Llama, unembedding
+from rope_jax.train import guard
 from rope_jax.train.loss import token_losses
 from rope_jax.train.predict import most_likely
 
 
-def batch_loss(model: Llama, variables: dict, batch: dict, rope, chunk: int):
-  """Sum of the weighted token losses of a batch (see `Batches`), float32."""
-  # Tokens go to the devices that own them; a sum does not mind their order.
+def batch_losses(model: Llama, variables: dict, batch: dict, rope, chunk: int):
+  """Weighted token losses of a batch (see `Batches`), float32 [B, L], as `attention.places` has it.
+
+  Tokens go to the devices that own them; a sum does not mind their order.
+  """
   batch = attention.arrange(model.config, batch)
   hidden = model.apply(
     variables,
@@ -32,7 +35,12 @@ def batch_loss(model: Llama, variables: dict, batch: dict, rope, chunk: int):
     batch.get("short"),
   )
   losses = token_losses(hidden, unembedding(variables["params"]), batch["targets"], chunk)
-  return jnp.sum(losses * batch["weights"])
+  return losses * batch["weights"]
+
+
+def batch_loss(model: Llama, variables: dict, batch: dict, rope, chunk: int):
+  """Sum of the weighted token losses of a batch, float32."""
+  return jnp.sum(batch_losses(model, variables, batch, rope, chunk))
 
 
 def train_step(
@@ -47,10 +55,13 @@ def train_step(
 
   `trainable` and `frozen` split the collections of the model; only the former has gradients and
   optimizer state. `rope` is an argument: other factors run the same program. The gradient is that
-  of the mean loss per weighted token of the whole batch, however it is cut into micro-batches.
+  of the mean loss per weighted token of the whole batch, however it is cut into micro-batches. An
+  optimizer of `guard.guarded` is told the loss and the gradient norm.
   `placement` is (shardings of trainable, of opt_state), to be kept from step to step; the
   compiler's choice if None.
   """
+
+  optimizer = optax.with_extra_args_support(optimizer)
 
   def step(trainable, opt_state, frozen, batch, rope):
     def loss(trainable, micro):
@@ -68,13 +79,11 @@ def train_step(
       (total, grads), _ = jax.lax.scan(accumulate, zeros, micros)
     tokens = jnp.sum(batch["weights"])
     grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1).astype(g.dtype), grads)
+    values = dict(loss=total / jnp.maximum(tokens, 1), grad_norm=optax.global_norm(grads))
     with jax.named_scope("optimizer"):
-      updates, opt_state = optimizer.update(grads, opt_state, trainable)
+      updates, opt_state = optimizer.update(grads, opt_state, trainable, **values)
       trainable = optax.apply_updates(trainable, updates)
-    metrics = dict(
-      loss=total / jnp.maximum(tokens, 1), grad_norm=optax.global_norm(grads), tokens=tokens
-    )
-    return trainable, opt_state, metrics
+    return trainable, opt_state, values | dict(tokens=tokens) | guard.metrics(opt_state)
 
   out = None if placement is None else (*placement, None)
   return compiler.jit(step, donate_argnums=(0, 1), out_shardings=out)

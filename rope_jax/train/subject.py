@@ -14,12 +14,15 @@ from rope_jax.model.generate import Generator
 from rope_jax.model.llama import Llama
 from rope_jax.train import sharding
 from rope_jax.train import step as step_lib
+from rope_jax.train.answers import Answers
 
 
 def make(
   c, mesh, model: Llama, text, rope_of: Callable | None = None
 ) -> Callable[[dict], evals.Subject]:
   """The function variables -> Subject; what it compiles is kept for the next variables.
+
+  With `Answers` as its second argument, what they hold is not computed again.
 
   Args:
     c: a config.
@@ -44,11 +47,17 @@ def make(
     vocab_size=text.vocab_size,
   )
 
-  def subject(variables) -> evals.Subject:
-    def whole(function, tokens, seq_len):
-      split = sharding.batch_sharding(mesh, rows=len(tokens))
-      batch = jax.make_array_from_callback(tokens.shape, split, lambda index: tokens[index])
-      return jax.device_get(function(variables, batch, rope_of(seq_len)))
+  def subject(variables, answers: Answers | None = None) -> evals.Subject:
+    def ask(question, answer):
+      return answers.ask(question, answer) if answers else answer()
+
+    def whole(name, function, tokens, seq_len):
+      def run():
+        split = sharding.batch_sharding(mesh, rows=len(tokens))
+        batch = jax.make_array_from_callback(tokens.shape, split, lambda index: tokens[index])
+        return jax.device_get(function(variables, batch, rope_of(seq_len)))
+
+      return ask([name, tokens, seq_len], run)
 
     def generate(prompts, max_new_tokens, *, batch_size=1, what="", until=None, **options):
       longest = max(map(len, prompts), default=0) + max_new_tokens
@@ -58,23 +67,32 @@ def make(
           f"{longest} tokens long"
         )
       generator.variables = variables
-      return _in_batches(generator, prompts, max_new_tokens, batch_size, what, stop, until, options)
+
+      def group(rows, **settings):
+        """Of the rows of a batch, each after the number of its tokens."""
+        found = generator(rows, max_new_tokens, stop=stop, **settings, **options)
+        return np.stack([np.pad([len(x), *x], (0, max_new_tokens - len(x))) for x in found])
+
+      def kept(rows, **settings):
+        question = ["generate", *rows, max_new_tokens, stop, sorted(options.items())]
+        found = ask(question, lambda: group(rows, **settings))
+        return [row[1 : 1 + row[0]] for row in found]
+
+      return _in_batches(kept, prompts, batch_size, what, until)
 
     return evals.Subject(
       c,
       text,
-      losses=functools.partial(whole, loss),
+      losses=functools.partial(whole, "losses", loss),
       generate=generate,
-      predictions=functools.partial(whole, prediction),
+      predictions=functools.partial(whole, "predictions", prediction),
     )
 
   stop = [] if text.eos_id is None else [text.eos_id]
   return subject
 
 
-def _in_batches(
-  generator, prompts, max_new_tokens, batch_size, what, stop, enough, options
-) -> list:
+def _in_batches(generate: Callable, prompts, batch_size: int, what: str, enough) -> list:
   """Generates for prompts of like lengths together, the longest first: they need most memory."""
   order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
   out: list = [None] * len(prompts)
@@ -92,7 +110,7 @@ def _in_batches(
 
       # A last, smaller group is filled up: another shape would compile again.
       rows = [prompts[i] for i in group] + [prompts[group[0]]] * (batch_size - len(group))
-      found = generator(rows, max_new_tokens, stop=stop, until=until, progress=progress, **options)
+      found = generate(rows, until=until, progress=progress)
       for i, new in zip(group, found):
         out[i] = np.asarray(new, np.int32)
       progress(1.0)

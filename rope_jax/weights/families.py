@@ -21,7 +21,7 @@ _DEFAULTS = dict(
   phi3={},
 )  # fmt: skip
 FAMILIES = tuple(_DEFAULTS)
-_MOST_LAYERS = 10_000  # a number that is no model's must not be counted up to
+MOST_LAYERS = 10_000  # a number that is no model's must not be counted up to
 
 # Keys that change what a model computes in ways that are not ours; None, False, 0 and {} are fine.
 _FOREIGN = (
@@ -55,8 +55,8 @@ def read(hf: dict) -> dict:
   heads = _whole(hf, "num_attention_heads")
   hf.setdefault("num_key_value_heads", heads)
   d_model, layers = _whole(hf, "hidden_size"), _whole(hf, "num_hidden_layers")
-  if layers > _MOST_LAYERS:
-    raise ValueError(f"num_hidden_layers={layers}: expected at most {_MOST_LAYERS:,}")
+  if layers > MOST_LAYERS:
+    raise ValueError(f"num_hidden_layers={layers}: expected at most {MOST_LAYERS:,}")
   out = dict(
     vocab_size=_whole(hf, "vocab_size"),
     num_layers=layers,

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rope_jax import reading
+
 # Quantisations whose layout `gguf.dequantize` reads, i.e. GGMLQuantizationType.
 SUPPORTED = (
   *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
@@ -88,7 +90,7 @@ class Header:
         raise ValueError("a boolean is neither 0 nor 1")
       return raw.view(np.dtype(_SCALARS[kind]).newbyteorder("<")).tolist()
     except ValueError as error:  # UnicodeDecodeError is one
-      raise ValueError(f"{self.path}: metadata {name!r}: {error}") from error
+      raise reading.refusal(self.path, f"metadata {name!r}: {error}") from error
 
 
 def check(path: str) -> Header:
@@ -101,6 +103,7 @@ def check(path: str) -> Header:
     ValueError: naming the file and what is wrong: not GGUF, truncated, a count, length or offset
       beyond the file, an unknown type, a name that is there twice, a quantisation not supported.
   """
+  reading.check_plain(path)
   try:
     if not os.path.getsize(path):
       raise ValueError(f"{path}: the file is empty, not GGUF")
@@ -110,7 +113,7 @@ def check(path: str) -> Header:
   try:
     return _Walk(path, data).header()
   except _Wrong as error:
-    raise ValueError(f"{path}: {error}") from error
+    raise reading.refusal(path, error) from error
 
 
 class _Wrong(ValueError):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from rope_jax.weights import gguf_rope
+from rope_jax import reading
+from rope_jax.weights import families, gguf_rope
 from rope_jax.weights.gguf_check import Stored, check
 
 FAMILIES = ("llama", "qwen2", "qwen3", "phi3")  # Mistral's files say 'llama'
@@ -107,6 +108,8 @@ class GGUFSource:
     )
     if self._whole("attention.value_length", h["head_dim"]) != h["head_dim"]:
       raise self._wrong("keys and values of different length are not supported")
+    if h["num_layers"] > families.MOST_LAYERS:
+      raise self._wrong(f"block_count={h['num_layers']} is above {families.MOST_LAYERS:,}")
     if heads % h["num_kv_heads"]:
       raise self._wrong(f"{heads} heads over {h['num_kv_heads']} KV heads")
     self._parts: dict[str, _Part] = {}
@@ -270,8 +273,8 @@ class GGUFSource:
     value = self.field(key, default)
     if value is None:
       raise self._wrong(f"no metadata {key!r}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-      raise self._wrong(f"{key}={value!r} must be a whole number of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+      raise self._wrong(f"{key}={value!r} must be a whole number of at least {least}, below 2^31")
     return value
 
   def _norm_eps(self) -> float:
@@ -298,7 +301,7 @@ class GGUFSource:
         raise self._wrong(f"{key}={self.field(key)!r}: this metadata is not supported")
 
   def _wrong(self, what: str) -> ValueError:
-    return ValueError(what if what.startswith(f"{self.path}: ") else f"{self.path}: {what}")
+    return reading.refusal(self.path, what)
 
 
 def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -7,18 +7,17 @@ types is found in the headers, before any weight is read.
 from __future__ import annotations
 
 import glob
-import json
 import os
 
 import numpy as np
 
+from rope_jax import reading
 from rope_jax import rope as rope_lib
 from rope_jax.weights import families
 
 INDEX = "model.safetensors.index.json"
 MODEL_TYPE = "rope_jax"  # of our own exports with a learned phase, over a family of families.py
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_CONFIG_BYTES = 64 * 2**20  # a larger config.json or index is none
 
 # Frequencies that older Llama checkpoints hold; they follow from the config.
 _BUFFERS = ("rotary_emb.inv_freq",)
@@ -38,7 +37,7 @@ class HuggingFaceSource:
 
   def __init__(self, path: str):
     self.path = path
-    hf = read_json(inside(path, "config.json"))
+    hf = reading.read_object(inside(path, "config.json"))
     self.phase = {}
     if hf.get("model_type") == MODEL_TYPE:
       self.phase = _phase(path, hf.get("phase"))
@@ -47,7 +46,8 @@ class HuggingFaceSource:
       self.hyperparameters = families.read(hf)
       if hf["model_type"] == "phi3":  # transformers' default, which would be the maximum otherwise
         hf.setdefault("original_max_position_embeddings", 4096)
-      self.rope = rope_lib.from_hf(hf)
+      # Where config.json is silent, the family's own default.
+      self.rope = rope_lib.from_hf(dict(hf, head_dim=self.hyperparameters["head_dim"]))
     except ValueError as error:
       raise ValueError(f"{path}: config.json: {error}") from error
     self._tensors = _Files(path)
@@ -116,22 +116,22 @@ class _Files:
   def __init__(self, path: str):
     self.path, self._file_of, self.shapes, self.dtypes = path, {}, {}, set()
     index, wanted, one = os.path.join(path, INDEX), None, "model.safetensors"
-    if os.path.exists(index) and os.path.exists(os.path.join(path, one)):
+    if os.path.lexists(index) and os.path.lexists(os.path.join(path, one)):
       raise ValueError(
         f"{path}: there are {one} and {INDEX}, which readers do not agree on; remove one of them"
       )
-    if os.path.exists(index):
-      wanted = read_json(inside(path, INDEX)).get("weight_map")
+    if os.path.lexists(index):
+      wanted = reading.read_object(inside(path, INDEX)).get("weight_map")
       if not isinstance(wanted, dict):
         raise ValueError(f"{path}: {INDEX} has no weight_map")
-      files = sorted({self._plain(name, file) for name, file in wanted.items()})
-    elif os.path.exists(os.path.join(path, one)):
-      files = [one]
+      found = sorted({self._plain(name, file) for name, file in wanted.items()})
+    elif os.path.lexists(os.path.join(path, one)):
+      found = [one]
     else:
-      files = sorted(
+      found = sorted(
         map(os.path.basename, glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
       )
-    for file in files:
+    for file in found:
       self._add(file)
     for name, file in (wanted or {}).items():
       if self._file_of.get(name) != file:
@@ -167,16 +167,17 @@ class _Files:
 
   def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
     # Opened for each tensor: a mapping that stays open keeps what was read through it in memory.
-    with self._open(self._file_of[name]) as handle:
+    file = self._file_of[name]
+    with self._open(file) as handle, reading.foreign(self.path, f"{file}: {name!r} is damaged"):
       return handle.get_slice(name)[box]
 
   def _open(self, file: str):
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-      return safe_open(inside(self.path, file), framework="np")
-    except (OSError, SafetensorError) as error:
-      raise ValueError(f"{self.path}: {file} is damaged or no safetensors file: {error}") from None
+    path = inside(self.path, file)
+    reading.check_plain(path)
+    with reading.foreign(self.path, f"{file} is damaged or no safetensors file"):
+      return safe_open(path, framework="np")
 
 
 def inside(directory: str, file: str) -> str:
@@ -203,24 +204,6 @@ def _phase(path: str, value) -> dict:
   good = given in choices if choices else isinstance(given, int | float) and given >= 0
   if not key or not good or not isinstance(value.get("share_heads"), bool):
     raise ValueError(f"{path}: config.json: phase={value!r} is none of rope_jax's")
-  return value
-
-
-def read_json(path: str) -> dict:
-  """A JSON object of a checkpoint.
-
-  Raises:
-    ValueError: if it cannot be read, is too large or is something else.
-  """
-  try:
-    if os.path.getsize(path) > _CONFIG_BYTES:
-      raise ValueError("too large")
-    with open(path, encoding="utf-8") as f:
-      value = json.load(f)
-  except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"{path} cannot be read: {error}") from None
-  if not isinstance(value, dict):
-    raise ValueError(f"{path}: expected an object")
   return value
 
 

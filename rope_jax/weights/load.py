@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from rope_jax import resolve
+from rope_jax import reading, resolve
 from rope_jax.weights import huggingface, names
 from rope_jax.weights.source import open_source
 
@@ -22,7 +22,8 @@ def check(c) -> None:
   try:
     source = open_source(c.init_from)
   except ValueError as error:
-    raise ValueError(f"config.init_from={c.init_from!r}: {error}") from error
+    what = str(error).removeprefix(f"{c.init_from}: ")
+    raise ValueError(f"config.init_from={c.init_from!r}: {what}") from error
   for key, value in source.hyperparameters.items():
     if key == "window" and value and c.model.window > value:
       continue  # a wider window is a way to extend a model; it needs no other weights
@@ -170,9 +171,8 @@ def _check_tensors(source, abstract: dict) -> None:
   phase = {n for n in there if source.phase and ".self_attn.phase_" in n}  # `load_phase`
   lost = sorted(there - phase - set(expected) - set(tied)) + source.unread
   if lost:
-    raise ValueError(
-      f"{source.path}: {len(lost)} tensors that this model has no place for, e.g. {lost[0]!r}"
-    )
+    what = f"{len(lost)} tensors that this model has no place for, e.g. {lost[0]!r}"
+    raise reading.refusal(source.path, what)
 
 
 def _load_leaf(source, path: str, leaf, name_of, bar) -> jax.Array:

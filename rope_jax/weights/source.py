@@ -7,6 +7,7 @@ with, `names()`, `unread` (stored tensors that it does not understand), `shape(n
 
 from __future__ import annotations
 
+from rope_jax import reading
 from rope_jax.weights import locate
 from rope_jax.weights.huggingface import HuggingFaceSource
 
@@ -15,13 +16,17 @@ def open_source(init_from: str):
   """Opens a Hugging Face directory, a GGUF file or a packaged checkpoint; see `locate`.
 
   Raises:
-    ValueError: if it is no model that can be read, saying why.
+    ValueError: if it is no model that can be read, naming it and saying why.
   """
-  kind, path = locate(init_from)
-  if kind == "hf":
-    return HuggingFaceSource(path)
-  if kind == "run":
-    raise ValueError(f"{path} is the workdir of a run, not a checkpoint")
-  from rope_jax.weights.gguf_file import GGUFSource  # the package is slow to import
+  path = init_from
+  try:
+    kind, path = locate(init_from)
+    if kind == "hf":
+      return HuggingFaceSource(path)
+    if kind == "run":
+      raise ValueError(f"{path} is the workdir of a run, not a checkpoint")
+    from rope_jax.weights.gguf_file import GGUFSource  # the package is slow to import
 
-  return GGUFSource(path)
+    return GGUFSource(path)
+  except ValueError as error:  # what a file says may be quoted in it, at any length
+    raise reading.refusal(path, error) from error

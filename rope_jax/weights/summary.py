@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from rope_jax import reading
 from rope_jax import rope as rope_lib
 from rope_jax.weights import locate
 from rope_jax.weights.source import open_source
@@ -57,7 +58,7 @@ def text(d: dict) -> str:
   if d["phase"]:
     lines.append(f"learned phase: {d['phase']}")
   if d["unread"]:
-    lines.append(f"not understood, so it cannot be loaded: {', '.join(d['unread'][:5])}")
+    lines.append(f"not understood, so it cannot be loaded: {reading.listed(d['unread'])}")
   lines += [
     "",
     "to extend it, in a config file:",
