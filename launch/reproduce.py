@@ -1,30 +1,52 @@
-"""Reproduces a published claim: the paper's number beside ours.
+"""Reproduces a published claim: the paper's number beside ours, with controls, seeds and a verdict.
 
-  python launch/reproduce.py dprope-table3
+  python launch/reproduce.py                                 lists the claims
+  python launch/reproduce.py psc-table                       preset mini: two CPU cores will do
+  python launch/reproduce.py psc-table --preset=paper --init_from=DIR
+  python launch/reproduce.py --record=docs/results/psc-table.json
 
-Without a claim, lists those that there are.
+Runs live in WORKDIR/PRESET, a directory each, and claims share what they have in common; what is
+finished is not run again, so the same command goes on where it was cut off. The tables are printed,
+and WORKDIR/PRESET/CLAIM.json has all numbers by run. --only=PATTERN makes a part of the runs (and
+what they start from), so that several machines or processes can share the work:
+--only='psc_s0_*'. docs/results.md has what came out here.
 """
 
-import sys
+import os
 
-from absl import app
+import cli
+from absl import flags
+
+PRESET = flags.DEFINE_enum(
+  "preset", "mini", ["mini", "paper"], "A small model on two cores, or the paper's own."
+)
+WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Directory of all runs.")
+ONLY = flags.DEFINE_string("only", "*", "Pattern of the names of the runs to make.")
+INIT_FROM = flags.DEFINE_string("init_from", "", "Weights of the base model, for --preset=paper.")
+RECORD = flags.DEFINE_string("record", "", "Print the tables of such a file, and run nothing.")
+PAGE = flags.DEFINE_string("page", "", "Make the tables of a Markdown page anew from its records.")
 
 
 def main(argv):
-  from rope_jax.claims import CLAIMS
+  from rope_jax.claims import CLAIMS, page, runner
 
-  if len(argv) == 1:
-    print("claims:")
-    for name, function in CLAIMS.items():
-      print(f"  {name:20}{function.__doc__.splitlines()[0]}")
-    return
   for name in argv[1:]:
     if name not in CLAIMS:
-      print(f"error: unknown claim {name!r}; known: {', '.join(CLAIMS)}", file=sys.stderr)
-      sys.exit(2)
+      cli.fail(f"unknown claim {name!r}; known: {', '.join(CLAIMS)}")
+  if RECORD.value:
+    print(runner.report(page.read(RECORD.value)))
+  elif PAGE.value:
+    page.write(PAGE.value)
+  elif len(argv) == 1:
+    print("claims:")
+    for name, claim in CLAIMS.items():
+      print(f"  {name:18}{claim.__doc__.splitlines()[0]}")
+  workdir = os.path.join(WORKDIR.value, PRESET.value)
   for name in argv[1:]:
-    print(f"{name}: {' '.join(CLAIMS[name].__doc__.split())}\n\n{CLAIMS[name]()}\n")
+    print(CLAIMS[name].__doc__)
+    value = runner.run(name, PRESET.value, workdir, ONLY.value, INIT_FROM.value)
+    print("\n" + runner.report(value))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.start(main)

@@ -45,7 +45,7 @@ def test_what_names_no_key_or_the_wrong_one_is_a_failure():
 
 @contextlib.contextmanager
 def little_memory():
-  """Fails where Python and numpy come to hold more than 64 MB: what is refused is not made first."""
+  """Fails where Python and numpy hold more than 64 MB: what is refused is not made first."""
   tracemalloc.start()
   try:
     yield
