@@ -9,8 +9,8 @@ import tiny
 from conftest import ROOT
 from scipy import stats
 
-from rope_jax import claims, config, presets
-from rope_jax.claims import CLAIMS, PRESETS, page, runner, small, statistics, table
+from rope_jax import claims, config, markdown, presets
+from rope_jax.claims import CLAIMS, PRESETS, page, runner, small, statistics
 from rope_jax.train import state
 
 TRAINED = [name for name in CLAIMS if CLAIMS[name].runs("mini", "")]
@@ -51,10 +51,10 @@ def test_a_slope_is_that_of_each_seed():
 
 
 def test_tables_are_markdown_of_one_width():
-  text = table.markdown(("a", "b"), [("x", "1"), ("yy", "22.5")])
+  text = markdown.table(("a", "b"), [("x", "1"), ("yy", "22.5")])
   assert text.splitlines() == ["| a  |    b |", "|----|-----:|", "| x  |    1 |", "| yy | 22.5 |"]
   with pytest.raises(ValueError):
-    table.markdown(("a", "b"), [("x",)])
+    markdown.table(("a", "b"), [("x",)])
 
 
 # ---- What is compared

@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import math
 
-from rope_jax import presets
+from rope_jax import markdown, presets
 from rope_jax.claims import small
 from rope_jax.claims.statistics import interval, reduction, slope
-from rope_jax.claims.table import markdown
 
 FACTORS, METHODS = (4, 8, 16), ("pi", "yarn", "longrope")
 ARMS = {"lora": "LoRA r=8", "matched": "LoRA, matched", "psc": "LoRA + PSC"}
@@ -76,7 +75,11 @@ def report(results: dict, preset: str) -> str:
           below[method, factor, arm] = reduction([psc[s] for s in seeds], [other[s] for s in seeds])
         cells.append(below[method, factor, arm].shown(2, True) if arm != "psc" and seeds else "")
         rows.append(cells)
-  parts = [markdown(header, rows), _growth(results, window), _variants(results, window[MIDDLE])]
+  parts = [
+    markdown.table(header, rows),
+    _growth(results, window),
+    _variants(results, window[MIDDLE]),
+  ]
   return "\n\n".join([*parts, _verdict(below)])
 
 
@@ -95,7 +98,7 @@ def _growth(results: dict, window: dict) -> str:
       cells.append(slope(x, lines).shown(2, True) if seeds else "")
     rows.append(cells)
   title = "Does it grow? Points of reduction per doubling of the window:"
-  return title + "\n\n" + markdown(("", "against LoRA r=8", "against LoRA, matched"), rows)
+  return title + "\n\n" + markdown.table(("", "against LoRA r=8", "against LoRA, matched"), rows)
 
 
 def _variants(results: dict, n: int) -> str:
@@ -109,7 +112,7 @@ def _variants(results: dict, n: int) -> str:
       other = reduction([found[s] for s in seeds], [released[s] for s in seeds])
       rows.append((title, ppl, "" if variant == "psc" else other.shown(2, True)))
   title = f"Variants of PSC over YaRN x{MIDDLE}, at {n:,} tokens:"
-  return title + "\n\n" + markdown(("", "perplexity", "below the released one, %"), rows)
+  return title + "\n\n" + markdown.table(("", "perplexity", "below the released one, %"), rows)
 
 
 def _verdict(below: dict) -> str:
