@@ -218,6 +218,7 @@ def test_a_claim_run_again_elsewhere_gives_the_same_record(toy):
   first = runner.run("toy", "mini", str(toy / "a"))
   second = runner.run("toy", "mini", str(toy / "b"))
   assert first == second and list(first["runs"]) == ["toy_base", "toy_yarn"]
+  assert runner.report(first).startswith("1 runs")  # the base is not evaluated
   assert (toy / "a" / "toy.json").read_bytes() == (toy / "b" / "toy.json").read_bytes()
   assert page.read(str(toy / "a" / "toy.json")) == json.loads(json.dumps(first))
 

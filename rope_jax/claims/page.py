@@ -22,7 +22,10 @@ def read(path: str) -> dict:
   Raises:
     ValueError: if it is none, naming the file.
   """
-  value = reading.read_object(path)
+  try:
+    value = reading.read_object(path)
+  except ValueError as error:
+    raise ValueError(f"--record: {error}") from error
   if value.get("claim") not in CLAIMS or not isinstance(value.get("runs"), dict):
     raise ValueError(f"{path} is no record of a claim: --record=FILE expects what a claim wrote")
   return value
