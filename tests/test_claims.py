@@ -238,6 +238,19 @@ def test_finished_runs_are_not_run_again_and_others_are(toy, monkeypatch):
   assert ran == ["toy_yarn"]
 
 
+@pytest.mark.slow
+def test_a_record_from_elsewhere_is_joined_and_not_made_again(toy, monkeypatch):
+  there = runner.run("toy", "mini", str(toy / "there"))
+  monkeypatch.setattr(runner, "execute", None)
+  here = runner.run("toy", "mini", str(toy / "here"), records=[there])
+  assert here == there
+  other = dict(there, runs={n: dict(r, config="0") for n, r in there["runs"].items()})
+  with pytest.raises(ValueError, match="--join: the run toy_base is of other settings"):
+    runner.run("toy", "mini", str(toy / "here"), records=[other])
+  with pytest.raises(ValueError, match="--join: versions"):
+    runner.run("toy", "mini", str(toy / "here"), records=[dict(there, versions={})])
+
+
 def test_a_part_of_a_claim_brings_what_it_starts_from():
   found = runner.runs("psc-table", "mini")
   part = runner.chosen(found, "psc_s2_x8_longrope_psc")
@@ -256,6 +269,16 @@ def test_the_page_has_the_tables_of_the_stored_records():
   assert page.rendered(path) == text
   for claim in CLAIMS:
     assert f"<!-- {claim}: " in text, claim
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.json")), ids=str)
+def test_a_stored_record_is_whole_and_of_the_settings_that_are_run(path):
+  value = page.read(str(path))
+  found = runner.runs(value["claim"], value["preset"])
+  assert list(value["runs"]) == list(found) and value["of"] == len(found)
+  assert {n: r["config"] for n, r in value["runs"].items()} == {
+    name: runner.digest(c) for name, c in found.items()
+  }
 
 
 def test_a_page_with_a_record_that_is_none_is_refused(tmp_path):

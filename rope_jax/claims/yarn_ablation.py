@@ -23,18 +23,20 @@ PUBLISHED = {  # perplexity at 2k, ..., 32k; passkey at 32k
   "ntk_by_parts": (4.143, 3.747, 3.623, 3.128, 2.814, 0.12),
   "yarn": (4.189, 3.767, 3.605, 3.088, 2.769, 0.68),
 }
+UNTOUCHED = {"none": "untouched"}
 FACTOR = 16
 
 
 def runs(preset: str, init_from: str) -> dict:
-  """Each method before and after training."""
+  """The untouched model, and each method before and after training."""
   out = {}
   for seed in small.SEEDS:
     if preset == "mini":
       out[small.base_name(seed)] = small.pretraining(seed)
+    make = _mini if preset == "mini" else _paper
+    out[_name(seed, "none", False)] = make(seed, "none", False, init_from)
     for method in METHODS:
       for trained in (False, True):
-        make = _mini if preset == "mini" else _paper
         out[_name(seed, method, trained)] = make(seed, method, trained, init_from)
   return out
 
@@ -46,7 +48,7 @@ def report(results: dict, preset: str) -> str:
   for trained in (False, True):
     rows = [
       (title, *(_shown(_values(results, method, trained, n)) for n in lengths))
-      for method, title in METHODS.items()
+      for method, title in (METHODS if trained else UNTOUCHED | METHODS).items()
     ]
     title = "After the same training:" if trained else "Without training:"
     parts.append(
