@@ -12,7 +12,7 @@ paper: Llama-2 7B, 4k to 64k, 400 steps of 64 sequences at 2e-5; --init_from=DIR
 
 from __future__ import annotations
 
-from rope_jax import config, markdown, presets
+from rope_jax import config, figures, markdown, presets
 from rope_jax.claims import small
 from rope_jax.claims.statistics import reduction
 
@@ -56,6 +56,20 @@ def report(results: dict, preset: str) -> str:
   header = ("perplexity at", "2,048", "4,096", "8,192", "16,384", "32,768", "passkey at 32,768")
   parts.append("Published (trained):\n\n" + markdown.table(header, rows))
   return "\n\n".join([*parts, _verdict(results, lengths)])
+
+
+def figure(results: dict, preset: str, path: str) -> None:
+  """Perplexity by length and by position of the first seed, before and after training."""
+  shown = {"none": (False,), "pi": (False, True), "yarn": (False, True)}
+  found = {
+    f"{(UNTOUCHED | METHODS)[m]}{', trained' if trained else ''}": results.get(
+      _name(small.SEEDS[0], m, trained), {}
+    ).get("perplexity")
+    for m, which in shown.items() for trained in which
+  }  # fmt: skip
+  context = small.WINDOW if preset == "mini" else 4096
+  found = {name: run for name, run in found.items() if run}
+  figures.by_length(found, path, original_contexts=[context])
 
 
 def _verdict(results: dict, lengths: list[int]) -> str:
