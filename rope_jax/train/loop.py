@@ -205,6 +205,10 @@ def _train(c, workdir: str, mesh, lock: Lock, trace: profile_lib.Steps, keep: bo
     for step, batch in enumerate(batches_lib.prefetch(batch_of, first, c.train.steps), first + 1):
       if c.data.positions == "clex":  # positions and frequencies of a step share their t
         rope = resolve.training_rope(c, arrange.time(step - 1))
+      if step == first + 1:  # compiled here, and not again where it is called
+        program = step_fn.lower(trainable, opt_state, frozen, batch, rope).compile()
+        if planned := step_lib.planned_bytes(program):
+          metrics.say(report.memory_line(planned, mesh.devices.flat[0]))
       with trace.step(step, trainable):
         trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
       if step == first + 1:  # it is compiled: from now on there is something to lose
