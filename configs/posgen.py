@@ -66,36 +66,15 @@ def get_config(arg=None):
     raise ValueError(f"config argument yarn_length={arg.yarn_length}: scaling is not 'yarn'")
   if arg.yarn not in ("trained", "test_only"):
     raise ValueError(f"config argument yarn={arg.yarn!r} must be 'trained' or 'test_only'")
-  c = config.base()
-  presets.posgen_decoder(c)
+  c = presets.posgen(
+    arg.task,
+    scaling=arg.scaling,
+    resonance=arg.resonance,
+    mode=arg.mode,
+    yarn_length=arg.yarn_length,
+    small=arg.runlocal,
+  )
   c.model.num_layers = arg.layers
-  c.data.source = "posgen"
-  c.data.posgen.task = arg.task
-  c.data.posgen.mode = arg.mode
-  c.data.length = 64
-  c.data.packing = "document"
-  c.data.append_eos = False
-  c.rope.scaling = arg.scaling
-  c.rope.resonance = arg.resonance
-  if arg.scaling == "yarn":
-    c.rope.yarn.beta_fast = 2 * 64 / arg.yarn_length
-    c.rope.yarn.beta_slow = 64 / arg.yarn_length
   if arg.scaling != "none":
     c.train.rope = "unscaled" if arg.yarn == "test_only" else "scaled"
-  c.train.steps = 11_850
-  c.train.batch_size = 128
-  c.train.learning_rate = 2e-4
-  c.train.schedule = "cosine"
-  c.train.warmup_steps = 1185
-  c.train.weight_decay = 0.01
-  c.train.clip = 0.0
-  c.train.log_every = 100
-  c.evals.posgen = config.posgen()
-  if arg.runlocal:
-    c.model.update(d_model=128, num_heads=2, num_kv_heads=2, d_ff=342)
-    c.train.steps = 1500
-    c.train.learning_rate = 2e-3
-    c.train.warmup_steps = 100
-    c.train.batch_size = 32
-    c.evals.posgen.num_samples = 200
   return c

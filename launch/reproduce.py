@@ -8,8 +8,8 @@
 Runs live in WORKDIR/PRESET, a directory each, and claims share what they have in common; what is
 finished is not run again, so the same command goes on where it was cut off. The tables are printed,
 and WORKDIR/PRESET/CLAIM.json has all numbers by run. --only=PATTERN makes a part of the runs (and
-what they start from), so that several machines or processes can share the work:
---only='psc_s0_*'. docs/results.md has what came out here.
+what they start from), e.g. --only='psc_s0_*', so that processes can share a workdir; machines share
+the work by --join=FILE, a CLAIM.json from elsewhere. docs/results.md has what came out here.
 """
 
 import os
@@ -24,6 +24,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Directory of all run
 ONLY = flags.DEFINE_string("only", "*", "Pattern of the names of the runs to make.")
 INIT_FROM = flags.DEFINE_string("init_from", "", "Weights of the base model, for --preset=paper.")
 RECORD = flags.DEFINE_string("record", "", "Print the tables of such a file, and run nothing.")
+JOIN = flags.DEFINE_list("join", [], "Records from elsewhere, whose runs are not made again.")
 PAGE = flags.DEFINE_string("page", "", "Make the tables of a Markdown page anew from its records.")
 
 
@@ -44,7 +45,8 @@ def main(argv):
   workdir = os.path.join(WORKDIR.value, PRESET.value)
   for name in argv[1:]:
     print(CLAIMS[name].__doc__)
-    value = runner.run(name, PRESET.value, workdir, ONLY.value, INIT_FROM.value)
+    others = [page.read(path, "join") for path in JOIN.value]
+    value = runner.run(name, PRESET.value, workdir, ONLY.value, INIT_FROM.value, others)
     print("\n" + runner.report(value))
 
 

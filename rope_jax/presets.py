@@ -146,6 +146,56 @@ def posgen_decoder(c: ConfigDict) -> None:
   )
 
 
+def posgen(
+  task: str,
+  *,
+  scaling: str = "none",
+  resonance: bool = False,
+  mode: str = "disjoint",
+  yarn_length: int = 64,
+  small: bool = False,
+) -> ConfigDict:
+  """PosGen's benchmark by its paper; configs/posgen.py says what differs from the paper and code.
+
+  Args:
+    task: of `rope_jax.data.posgen.TASKS`.
+    scaling: of config.rope.scaling.
+    resonance: whole wavelengths.
+    mode: of the data.
+    yarn_length: tokens in which YaRN counts the 2 and 1 rotations of its ramp.
+    small: a smaller model and fewer steps, for minutes on two cores.
+  """
+  c = config.base()
+  posgen_decoder(c)
+  c.data.source = "posgen"
+  c.data.posgen.task = task
+  c.data.posgen.mode = mode
+  c.data.length = 64
+  c.data.packing = "document"
+  c.data.append_eos = False
+  c.rope.scaling = scaling
+  c.rope.resonance = resonance
+  if scaling == "yarn":
+    c.rope.yarn.beta_fast = 2 * 64 / yarn_length
+    c.rope.yarn.beta_slow = 64 / yarn_length
+  c.train.update(
+    steps=11_850,
+    batch_size=128,
+    learning_rate=2e-4,
+    schedule="cosine",
+    warmup_steps=1185,
+    weight_decay=0.01,
+    clip=0.0,
+    log_every=100,
+  )
+  c.evals.posgen = config.posgen()
+  if small:
+    c.model.update(d_model=128, num_heads=2, num_kv_heads=2, d_ff=342)
+    c.train.update(steps=1500, batch_size=32, learning_rate=2e-3, warmup_steps=100)
+    c.evals.posgen.num_samples = 200
+  return c
+
+
 def manual() -> str:
   """A file of half a megabyte of prose on every machine: the topics of Python's manual."""
   return importlib.util.find_spec("pydoc_data.topics").origin

@@ -51,7 +51,7 @@ def test_every_part_of_the_tiny_model_has_its_table_and_is_not_measured_again(
   text = table.tables(s, journal)
   for title in TITLES:
     section = text.split(f"### {title}")[1].split("###")[0]
-    assert "| --- |" in section, title
+    assert "\n|--" in section, title
   assert not re.search(r"nan|inf\b|None", text)
   process.measure(bench.plan(s), journal, runner=runner)
   assert len(made) == len(rows)
@@ -147,15 +147,19 @@ def test_shares_and_ratios_of_given_numbers(tmp_path):
 
   journal = process.Journal(str(tmp_path), peer=True)
   process.measure(bench.plan(s), journal, runner=runner)
-  rows = [
-    line.split(" | ") for line in table.tables(s, journal).splitlines() if "losses of" in line
-  ]
+  text = unpadded(table.tables(s, journal))
+  rows = [line.split(" | ") for line in text.splitlines() if "losses of" in line]
   # 2,000 tokens/s against 1,111; 8.388608 MFLOP in 0.5 s are 0.05% of the peak.
   assert rows[0][3:6] == ["2,000", "1,111", "1.80"]
   assert rows[0][8:] == ["100 B", "250 B", "2.50 |"]
   assert arithmetic.share_of_peak(8_388_608, 0.5, 33_554_432) == 0.5
   assert arithmetic.ratio(ours=0.5, peer=0.9) == 1.8
   assert arithmetic.per_doubling([8, 32], [3.0, 48.0]) == 4.0
+
+
+def unpadded(text: str) -> str:
+  """A table without the blanks that make its columns stand under each other."""
+  return re.sub(" +", " ", text)
 
 
 def test_tables_of_the_cost_and_of_the_memory_by_length(tmp_path):
@@ -168,7 +172,7 @@ def test_tables_of_the_cost_and_of_the_memory_by_length(tmp_path):
 
   journal = process.Journal(str(tmp_path), peer=False)
   process.measure(bench.plan(s), journal, runner=runner)
-  text = table.tables(s, journal)
+  text = unpadded(table.tables(s, journal))
   assert "| LoRA + PSC | float32 | 1.00 | 2.00 | 500 | 0.0% |" in text
   assert "| forward | float32 | 64 | 128 kB | 2.00 | 4.10 kB | 4.00 |" in text
   assert "| training step | float32 | 64 | 4.10 kB | 4.00 | 500 B | 1.00 |" in text

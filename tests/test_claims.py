@@ -9,8 +9,8 @@ import tiny
 from conftest import ROOT
 from scipy import stats
 
-from rope_jax import claims, config, presets
-from rope_jax.claims import CLAIMS, PRESETS, page, runner, small, statistics, table
+from rope_jax import claims, config, markdown, presets
+from rope_jax.claims import CLAIMS, PRESETS, page, runner, small, statistics
 from rope_jax.train import state
 
 TRAINED = [name for name in CLAIMS if CLAIMS[name].runs("mini", "")]
@@ -51,10 +51,10 @@ def test_a_slope_is_that_of_each_seed():
 
 
 def test_tables_are_markdown_of_one_width():
-  text = table.markdown(("a", "b"), [("x", "1"), ("yy", "22.5")])
+  text = markdown.table(("a", "b"), [("x", "1"), ("yy", "22.5")])
   assert text.splitlines() == ["| a  |    b |", "|----|-----:|", "| x  |    1 |", "| yy | 22.5 |"]
   with pytest.raises(ValueError):
-    table.markdown(("a", "b"), [("x",)])
+    markdown.table(("a", "b"), [("x",)])
 
 
 # ---- What is compared
@@ -218,6 +218,7 @@ def test_a_claim_run_again_elsewhere_gives_the_same_record(toy):
   first = runner.run("toy", "mini", str(toy / "a"))
   second = runner.run("toy", "mini", str(toy / "b"))
   assert first == second and list(first["runs"]) == ["toy_base", "toy_yarn"]
+  assert runner.report(first).startswith("1 runs")  # the base is not evaluated
   assert (toy / "a" / "toy.json").read_bytes() == (toy / "b" / "toy.json").read_bytes()
   assert page.read(str(toy / "a" / "toy.json")) == json.loads(json.dumps(first))
 
@@ -235,6 +236,19 @@ def test_finished_runs_are_not_run_again_and_others_are(toy, monkeypatch):
   assert ran == ["toy_yarn"] and "NOT COMPLETE" not in runner.report(whole)
   runner.run("toy", "mini", str(toy))
   assert ran == ["toy_yarn"]
+
+
+@pytest.mark.slow
+def test_a_record_from_elsewhere_is_joined_and_not_made_again(toy, monkeypatch):
+  there = runner.run("toy", "mini", str(toy / "there"))
+  monkeypatch.setattr(runner, "execute", None)
+  here = runner.run("toy", "mini", str(toy / "here"), records=[there])
+  assert here == there
+  other = dict(there, runs={n: dict(r, config="0") for n, r in there["runs"].items()})
+  with pytest.raises(ValueError, match="--join: the run toy_base is of other settings"):
+    runner.run("toy", "mini", str(toy / "here"), records=[other])
+  with pytest.raises(ValueError, match="--join: versions"):
+    runner.run("toy", "mini", str(toy / "here"), records=[dict(there, versions={})])
 
 
 def test_a_part_of_a_claim_brings_what_it_starts_from():
@@ -255,6 +269,16 @@ def test_the_page_has_the_tables_of_the_stored_records():
   assert page.rendered(path) == text
   for claim in CLAIMS:
     assert f"<!-- {claim}: " in text, claim
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.json")), ids=str)
+def test_a_stored_record_is_whole_and_of_the_settings_that_are_run(path):
+  value = page.read(str(path))
+  found = runner.runs(value["claim"], value["preset"])
+  assert list(value["runs"]) == list(found) and value["of"] == len(found)
+  assert {n: r["config"] for n, r in value["runs"].items()} == {
+    name: runner.digest(c) for name, c in found.items()
+  }
 
 
 def test_a_page_with_a_record_that_is_none_is_refused(tmp_path):

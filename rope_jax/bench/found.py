@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rope_jax import bench
+from rope_jax import bench, markdown
 from rope_jax.bench import arithmetic
 from rope_jax.bench.process import Journal
 
@@ -43,13 +43,12 @@ class Found:
     return seconds and 2 * spec["size"] ** 3 / seconds
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
+def table(rows: list[dict[str, str]]) -> str:
   """A table, '' of no rows; columns in which nothing stands are left out."""
   if not rows:
     return ""
   columns = [name for name in rows[0] if any(row[name] for row in rows)]
-  lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+  return markdown.table(columns, [[row[c] for c in columns] for row in rows])
 
 
 def pair(found: Found, spec: dict, show, name: str, field: str = "seconds") -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rope_jax import bench
 from rope_jax.bench import arithmetic
 from rope_jax.bench.arithmetic import digits, size
-from rope_jax.bench.found import LABELS, Found, markdown, pair
+from rope_jax.bench.found import LABELS, Found, pair, table
 from rope_jax.bench.process import Journal
 
 _WHAT = {
@@ -51,7 +51,7 @@ def _limits(found: Found) -> list[str]:
   what = f"x + 1 in place on {spec['mebibytes']:,} MiB, GB/s"
   rows.append(_limit(found, spec, what, 2 * spec["mebibytes"] * 2**20 / 1e9))
   note = "bfloat16 products are summed in float32; JAX's have a float32 result."
-  return ["Limits of the machine", markdown(rows), note]
+  return ["Limits of the machine", table(rows), note]
 
 
 def _limit(found: Found, spec: dict, what: str, work: float) -> dict[str, str]:
@@ -86,7 +86,7 @@ def _work(found: Found, cell, whats: tuple[str, ...], lengths: tuple[int, ...]) 
       times = [(spec["length"], found.least(spec)) for spec in specs]
       fits += _fit(what, dtype, [(length, t) for length, t in times if t])
   caption = "Our time by length, a L + b L² fitted to the rows above:" if fits else ""
-  return [markdown(rows), _agreement(found, cell, whats, lengths), caption, markdown(fits)]
+  return [table(rows), _agreement(found, cell, whats, lengths), caption, table(fits)]
 
 
 def _row(found: Found, spec: dict) -> dict[str, str]:
@@ -149,7 +149,7 @@ def _overhead(found: Found) -> list[str]:
       "time / FLOPs": f"{(psc / whole) / (psc_flops / flops):.2f}",
     })  # fmt: skip
   note = "Each compiled alone, as a share of the time of the forward pass without PSC."
-  return ["What the rope and PSC cost", markdown(rows), note]
+  return ["What the rope and PSC cost", table(rows), note]
 
 
 def _generate(found: Found) -> list[str]:
@@ -162,7 +162,7 @@ def _generate(found: Found) -> list[str]:
     f"Greedy, {bench.NEW} tokens after a prompt of {bench.PROMPT}. Decoding is what they take "
     "longer than the first of them; that one alone is the prefill."
   )
-  return ["Generation", markdown(rows), note]
+  return ["Generation", table(rows), note]
 
 
 def _generation(found: Found, spec: dict) -> dict[str, str]:
@@ -204,9 +204,9 @@ def _memory(found: Found) -> list[str]:
     "Memory by length",
     f"A small model ({small}), float32, executed: what the process takes above what it has when it "
     "starts to compile, and the temporary memory that the compiler plans. ×: for each doubling.",
-    markdown(executed),
+    table(executed),
     f"{model}, compiled and not executed." if compiled else "",
-    markdown(compiled),
+    table(compiled),
   ]
 
 
@@ -248,7 +248,7 @@ def _compile(found: Found) -> list[str]:
       cells = {name: f"{digits(best[field])} s" for name, field in names.items()}
       rows.append({"compilation cache": cache} | cells)
   title = f"Compiling the training step, {spec['length']:,} tokens, {spec['dtype']}"
-  return [title, markdown(rows), "LoRA + PSC."]
+  return [title, table(rows), "LoRA + PSC."]
 
 
 _SECTIONS = dict(

@@ -11,6 +11,7 @@ A claim is a module. Its docstring says what is claimed, where, and how it is tr
 from rope_jax.claims import (
   dprope_ablation,
   dprope_table3,
+  posgen_table1,
   psc_table,
   resonance_theory,
   smollm2_16k,
@@ -20,6 +21,7 @@ from rope_jax.claims import (
 CLAIMS = {
   "psc-table": psc_table,
   "smollm2-16k": smollm2_16k,
+  "posgen-table1": posgen_table1,
   "dprope-table3": dprope_table3,
   "dprope-ablation": dprope_ablation,
   "resonance-theory": resonance_theory,

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rope_jax import config, presets, resolve
+from rope_jax import config, markdown, presets, resolve
 from rope_jax import rope as rope_lib
-from rope_jax.claims.table import markdown
 
 DIMS = {"mini": (0, 16, 24, 32, 36, 40, 48, 64), "paper": (56, 64, 72, 80, 88, 96)}
 BASELINES = ("none", "pi", "yarn")
@@ -43,11 +42,11 @@ def report(results: dict, preset: str) -> str:
     if not isinstance(which, str) and lengths and str(lengths[-1]) in run:
       pairs.append((disturbed, run[str(lengths[-1])]["ppl"], which))
   header = ("", "channels changed", "D x 1e-3", *(f"ppl at {n:,}" for n in lengths))
-  published = markdown(
+  published = markdown.table(
     ("published, n-hat", *map(str, PUBLISHED)),
     [("LongBench-E", *(f"{x:.2f}" for x in PUBLISHED.values()))],
   )
-  return f"{markdown(header, rows)}\n\n{published}\n\n{_verdict(pairs)}"
+  return f"{markdown.table(header, rows)}\n\n{published}\n\n{_verdict(pairs)}"
 
 
 def _verdict(pairs: list[tuple[float, float, int]]) -> str:

@@ -7,8 +7,8 @@ other direction; its numbers are these.)
 
 from __future__ import annotations
 
+from rope_jax import markdown
 from rope_jax import rope as rope_lib
-from rope_jax.claims.table import markdown
 
 PUBLISHED = {
   8192: dict(pi=24.08, yarn=25.55, dprope=6.71),
@@ -41,5 +41,5 @@ def report(results: dict, preset: str) -> str:
     if abs(difference) > tolerance:
       misses.append(f"{what} at {length:,} is off by more than {tolerance:.1%}")
   verdict = "; ".join(misses) if misses else "all within 0.5%, the reductions within 1%"
-  table = markdown(("", "tokens", "ours", "paper", "difference"), cells)
+  table = markdown.table(("", "tokens", "ours", "paper", "difference"), cells)
   return f"{table}\n\nVerdict: {'NOT reproduced: ' if misses else 'reproduced: '}{verdict}."

@@ -16,15 +16,18 @@ from rope_jax.claims import CLAIMS, runner
 _SECTION = re.compile(r"(<!-- ([\w-]+): ([\w./-]*) -->\n).*?(<!-- end of \2 -->)", re.S)
 
 
-def read(path: str) -> dict:
-  """A record of `runner.write_record`.
+def read(path: str, flag: str = "record") -> dict:
+  """A record of `runner.write_record`, named by a flag.
 
   Raises:
     ValueError: if it is none, naming the file.
   """
-  value = reading.read_object(path)
+  try:
+    value = reading.read_object(path)
+  except ValueError as error:
+    raise ValueError(f"--{flag}: {error}") from error
   if value.get("claim") not in CLAIMS or not isinstance(value.get("runs"), dict):
-    raise ValueError(f"{path} is no record of a claim: --record=FILE expects what a claim wrote")
+    raise ValueError(f"--{flag}={path}: no record of a claim, as launch/reproduce.py writes them")
   return value
 
 

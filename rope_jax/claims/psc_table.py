@@ -11,7 +11,8 @@ middle window, over YaRN, also: calibration after the rotation, a module that tr
 the initial scale 1/sqrt(d) in place of the released 1/d.
 
 mini: the small Llama (1.0M parameters, window 256, bytes), x4, x8 and x16, three seeds of base and
-adapters, 60 steps of 4,096 tokens at 2e-3; perplexity of 16 held-out samples, protocol 'truncate'.
+adapters, 60 steps of 4,096 tokens from 2e-3 down to 0; perplexity of 16 held-out samples,
+protocol 'truncate'.
 paper: Llama-2 7B at 16k, 32k, 64k by the released recipe, on TPU, --init_from=DIR.
 """
 
@@ -19,13 +20,13 @@ from __future__ import annotations
 
 import math
 
-from rope_jax import presets
+from rope_jax import markdown, presets
 from rope_jax.claims import small
 from rope_jax.claims.statistics import interval, reduction, slope
-from rope_jax.claims.table import markdown
 
 FACTORS, METHODS = (4, 8, 16), ("pi", "yarn", "longrope")
 ARMS = {"lora": "LoRA r=8", "matched": "LoRA, matched", "psc": "LoRA + PSC"}
+CONTROLS = {"lora": "LoRA r=8", "matched": "LoRA of as many parameters"}
 MIDDLE = 8
 VARIANTS = {
   "psc": "as released: before the rotation, gain, 1/d",
@@ -60,42 +61,51 @@ def report(results: dict, preset: str) -> str:
   """Perplexity by length, what PSC takes off, whether that grows, the variants, a verdict."""
   lengths = sorted({int(n) for run in results.values() for n in run["perplexity"]})
   window = {f: f * (small.WINDOW if preset == "mini" else 4096) for f in FACTORS}
-  header = ("", *(f"{n:,}" for n in lengths), "PSC below it at the window, %")
-  rows, below = [], {}
+  below = {
+    (method, factor, arm): _below(results, factor, method, arm, window[factor])
+    for method in METHODS for factor in FACTORS for arm in CONTROLS
+  }  # fmt: skip
+  rows = []
   for method in METHODS:
     for factor in FACTORS:
       for arm, title in ARMS.items():
-        cells = [f"{method} x{factor}, {title}"]
-        for n in lengths:
-          found = _values(results, factor, method, arm, n)
-          cells.append(interval(list(found.values())).shown(3) if found else "")
-        psc = _values(results, factor, method, "psc", window[factor])
-        other = _values(results, factor, method, arm, window[factor])
-        seeds = sorted(set(psc) & set(other))
-        if arm != "psc" and seeds:
-          below[method, factor, arm] = reduction([psc[s] for s in seeds], [other[s] for s in seeds])
-        cells.append(below[method, factor, arm].shown(2, True) if arm != "psc" and seeds else "")
-        rows.append(cells)
-  parts = [markdown(header, rows), _growth(results, window), _variants(results, window[MIDDLE])]
-  return "\n\n".join([*parts, _verdict(below)])
+        found = [_values(results, factor, method, arm, n).values() for n in lengths]
+        means = [f"{sum(x) / len(x):.3f}" if x else "" for x in found]
+        cut = below.get((method, factor, arm))
+        cut = interval(list(cut.values())).shown(2, True) if cut else ""
+        rows.append((f"{method} x{factor}, {title}", *means, cut))
+  header = ("", *(f"{n:,}" for n in lengths), "PSC below it at the window, %")
+  return "\n\n".join(
+    [
+      "Perplexity, mean over seeds:",
+      markdown.table(header, rows),
+      _growth(below),
+      _variants(results, window[MIDDLE]),
+      _verdict(below),
+    ]
+  )
 
 
-def _growth(results: dict, window: dict) -> str:
+def _below(results: dict, factor: int, method: str, arm: str, n: int) -> dict[int, float]:
+  """By how many per cent PSC is below an arm, by seed."""
+  psc, other = (_values(results, factor, method, a, n) for a in ("psc", arm))
+  return {s: 100 * (1 - psc[s] / other[s]) for s in sorted(set(psc) & set(other))}
+
+
+def _growth(below: dict) -> str:
   rows = []
   for method in METHODS:
     cells = [method]
-    for arm in ("lora", "matched"):
-      by_factor = []
-      for factor in FACTORS:
-        psc, other = (_values(results, factor, method, a, window[factor]) for a in ("psc", arm))
-        by_factor.append({s: 100 * (1 - psc[s] / other[s]) for s in set(psc) & set(other)})
+    for arm in CONTROLS:
+      by_factor = [below[method, factor, arm] for factor in FACTORS]
       seeds = sorted(set.intersection(*map(set, by_factor)))
       lines = [[d[s] for d in by_factor] for s in seeds]
       x = [math.log2(f) for f in FACTORS]
       cells.append(slope(x, lines).shown(2, True) if seeds else "")
     rows.append(cells)
-  title = "Does it grow? Points of reduction per doubling of the window:"
-  return title + "\n\n" + markdown(("", "against LoRA r=8", "against LoRA, matched"), rows)
+  title = "Does it grow? Points of reduction for each doubling of the window:"
+  table = markdown.table(("", *(f"against {ARMS[a]}" for a in CONTROLS)), rows)
+  return f"{title}\n\n{table}"
 
 
 def _variants(results: dict, n: int) -> str:
@@ -109,19 +119,25 @@ def _variants(results: dict, n: int) -> str:
       other = reduction([found[s] for s in seeds], [released[s] for s in seeds])
       rows.append((title, ppl, "" if variant == "psc" else other.shown(2, True)))
   title = f"Variants of PSC over YaRN x{MIDDLE}, at {n:,} tokens:"
-  return title + "\n\n" + markdown(("", "perplexity", "below the released one, %"), rows)
+  return title + "\n\n" + markdown.table(("", "perplexity", "below the released one, %"), rows)
 
 
 def _verdict(below: dict) -> str:
   parts = []
-  for arm, title in (("lora", "LoRA r=8"), ("matched", "LoRA of as many parameters")):
-    cases = [x for (_, _, a), x in below.items() if a == arm]
+  for arm, title in CONTROLS.items():
+    cases = [x for (_, _, a), x in below.items() if a == arm and x]
+    if not cases:
+      continue
+    each = [interval(list(x.values())) for x in cases]
+    seeds = sorted(set.intersection(*map(set, cases)))
+    whole = interval([sum(x[s] for x in cases) / len(cases) for s in seeds]) if seeds else None
     parts.append(
-      f"PSC is below {title} in {sum(x.mean > 0 for x in cases)} of {len(cases)} cases, beyond the "
-      f"95% interval in {sum(x.sign > 0 for x in cases)}, above it beyond the interval in "
-      f"{sum(x.sign < 0 for x in cases)}"
+      f"PSC is below {title} in {sum(x.mean > 0 for x in each)} of {len(each)} cases, beyond the "
+      f"95% interval in {sum(x.sign > 0 for x in each)}, above it beyond the interval in "
+      f"{sum(x.sign < 0 for x in each)}"
+      + (f"; by {whole.shown(2, True)}% in the mean of all cases" if whole else "")
     )
-  return "Verdict: " + "; ".join(parts) + "."
+  return "Verdict: " + ". ".join(parts or ["too few runs"]) + "."
 
 
 def _values(results: dict, factor: int, method: str, arm: str, n: int) -> dict[int, float]:

@@ -7,8 +7,8 @@ pre-critical pairs repeat together; then the feature gap of the models of the sy
 
 from __future__ import annotations
 
+from rope_jax import markdown
 from rope_jax import rope as rope_lib
-from rope_jax.claims.table import markdown
 
 
 def runs(preset: str, init_from: str) -> dict:
@@ -24,12 +24,12 @@ def report(results: dict, preset: str) -> str:
   small = rope_lib.base(head_dim=64, theta=1e4, original_context=64)
   before, after = (rope_lib.feature_gap(r, 256) for r in (small, rope_lib.resonance(small)))
   c = rope_lib.critical_pair(small)
-  facts = markdown(
+  facts = markdown.table(
     ("Llama-2", "ours", "paper"),
     [("pre-critical pairs of 64", str(critical), "over half"),
      ("tokens after which they repeat together", f"{period:.3e}", "more than 7e51")],
   )  # fmt: skip
-  gaps = markdown(
+  gaps = markdown.table(
     (f"pair (before {c}: pre-critical)", "wavelength", "gap, RoPE", "gap, Resonance"),
     [(str(i), f"{small.wavelengths[i]:.1f}", f"{before[i]:.4f}", f"{after[i]:.4f}")
      for i in range(c + 4)],

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import os
 import platform
 import time
+from collections.abc import Container, Sequence
 
 import jax
 from ml_collections import ConfigDict
 
 import rope_jax
 from rope_jax import config as config_lib
-from rope_jax import reading, validate
+from rope_jax import presets, reading, validate
 from rope_jax import results as results_lib
 from rope_jax.claims import CLAIMS, PRESETS
 from rope_jax.errors import choice
@@ -53,18 +55,29 @@ def check(found: dict[str, ConfigDict], platform_name: str | None = None) -> Non
       raise ValueError(f"{name}: {error}") from error
 
 
-def chosen(found: dict[str, ConfigDict], only: str) -> dict[str, ConfigDict]:
+def chosen(
+  found: dict[str, ConfigDict], only: str, without: Container[str] = (), workdir: str = ""
+) -> dict[str, ConfigDict]:
   """The runs whose names match a pattern, and what they start from, in order.
 
+  Args:
+    found: all runs.
+    only: the pattern.
+    without: runs that are done.
+    workdir: where what others start from may be finished, too.
+
   Raises:
-    ValueError: if none does.
+    ValueError: if none matches.
   """
-  names = {name for name in found if fnmatch.fnmatchcase(name, only)}
-  if found and not names:
+  matching = [name for name in found if fnmatch.fnmatchcase(name, only)]
+  if found and not matching:
     raise ValueError(f"--only={only}: none of {', '.join(list(found)[:5])}, ...")
+  names = {name for name in matching if name not in without}
   for name in reversed(list(found)):
     if name in names:
-      names |= {x for x in (_source(found[name]), _searched_by(found[name])) if x}
+      sources = {x for x in (_source(found[name]), _searched_by(found[name])) if x}
+      # A record from elsewhere has its results, but a model to start from must be here.
+      names |= {x for x in sources if not finished(x, found[x], workdir)}
   return {name: c for name, c in found.items() if name in names}
 
 
@@ -97,16 +110,41 @@ def record(claim: str, preset: str, found: dict[str, ConfigDict], workdir: str) 
   """What there is of a claim: results of the finished runs, and of what they are."""
   done = {}
   for name, c in found.items():
-    if not finished(name, c, workdir):
-      continue
-    directory = os.path.join(workdir, name)
-    facts = reading.read_object(os.path.join(directory, RUN_FILE))
-    results = _results(directory)
-    trained = facts.get("trained_parameters", 0)
-    done[name] = dict(trained_parameters=trained, seed=c.seed, results=_rounded(results))
+    if finished(name, c, workdir):
+      directory = os.path.join(workdir, name)
+      facts = reading.read_object(os.path.join(directory, RUN_FILE))
+      done[name] = dict(
+        config=digest(c),
+        seed=c.seed,
+        trained_parameters=facts.get("trained_parameters", 0),
+        results=_rounded(_results(directory)),
+      )
   versions = dict(rope_jax=rope_jax.__version__, jax=jax.__version__,
                   python=platform.python_version(), backend=jax.default_backend())  # fmt: skip
   return dict(claim=claim, preset=preset, of=len(found), versions=versions, runs=done)
+
+
+def digest(c: ConfigDict) -> str:
+  """Of all settings of a run: a record is of these and of no others."""
+  text = json.dumps(c.to_dict(), sort_keys=True)
+  text = text.replace(json.dumps(presets.manual())[1:-1], "manual")  # wherever Python lives
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def joined(value: dict, other: dict, found: dict[str, ConfigDict]) -> dict:
+  """A record with the runs of another one, which were made elsewhere.
+
+  Raises:
+    ValueError: if that is of another claim, of other versions, or of a run of other settings.
+  """
+  for key in ("claim", "preset", "versions"):
+    if value[key] != other.get(key):
+      raise ValueError(f"--join: {key} {other.get(key)!r}, expected {value[key]!r}")
+  for name, run in other["runs"].items():
+    if name not in found or run["config"] != digest(found[name]):
+      raise ValueError(f"--join: the run {name} is of other settings than those of this version")
+  have = {**other["runs"], **value["runs"]}
+  return dict(value, runs={name: have[name] for name in found if name in have})
 
 
 def write_record(value: dict, path: str) -> None:
@@ -121,8 +159,8 @@ def write_record(value: dict, path: str) -> None:
 
 def report(value: dict) -> str:
   """The tables and the verdict of a record, and what they are from."""
-  text = CLAIMS[value["claim"]].report({n: r["results"] for n, r in value["runs"].items()},
-                                       value["preset"])  # fmt: skip
+  results = {name: run["results"] for name, run in value["runs"].items() if run["results"]}
+  text = CLAIMS[value["claim"]].report(results, value["preset"])
   if not value["of"]:
     return text
   v = value["versions"]
@@ -133,7 +171,14 @@ def report(value: dict) -> str:
   )
 
 
-def run(claim: str, preset: str, workdir: str, only: str = "*", init_from: str = "") -> dict:
+def run(
+  claim: str,
+  preset: str,
+  workdir: str,
+  only: str = "*",
+  init_from: str = "",
+  records: Sequence[dict] = (),
+) -> dict:
   """All of a claim; continues where an earlier call was cut off.
 
   Args:
@@ -142,31 +187,37 @@ def run(claim: str, preset: str, workdir: str, only: str = "*", init_from: str =
     workdir: gets a directory for each run, shared between claims, and CLAIM.json.
     only: a pattern of names; runs that others start from come with them.
     init_from: the weights of the base model, for the preset 'paper'.
+    records: of this claim from elsewhere: what they have is not run again.
 
   Returns:
-    The record of all finished runs, in CLAIM.json too.
+    The record of all that is there, in CLAIM.json too.
 
   Raises:
     ValueError: for settings that do not fit.
   """
   found = runs(claim, preset, init_from)
-  selected = chosen(found, only)
-  check(selected)
-  path = os.path.join(workdir, f"{claim}.json")
-  times = []
-  for i, (name, c) in enumerate(selected.items()):
-    if finished(name, c, workdir):
-      continue
-    left = f", about {_minutes(times, len(selected) - i)} to go" if times else ""
-    print(f"\n== {name} ({i + 1} of {len(selected)}{left})", flush=True)
+
+  def current():
+    value = record(claim, preset, found, workdir)
+    for other in records:
+      value = joined(value, other, found)
+    return value
+
+  value = current()
+  left = chosen(found, only, value["runs"], workdir)
+  check(left)
+  path, times = os.path.join(workdir, f"{claim}.json"), []
+  for i, (name, c) in enumerate(left.items()):
+    rest = f", about {_minutes(times, len(left) - i)} to go" if times else ""
+    print(f"\n== {name} ({i + 1} of {len(left)}{rest})", flush=True)
     before = time.monotonic()
     try:
       execute(name, c, workdir)
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from error
     times.append(time.monotonic() - before)
-    write_record(record(claim, preset, found, workdir), path)
-  value = record(claim, preset, found, workdir)
+    value = current()
+    write_record(value, path)
   if found:
     write_record(value, path)
   return value

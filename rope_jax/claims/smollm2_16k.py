@@ -16,9 +16,8 @@ batches of 8, 200 steps and three seeds, for an accelerator.
 
 from __future__ import annotations
 
-from rope_jax import config, presets
+from rope_jax import config, markdown, presets
 from rope_jax.claims.statistics import interval
-from rope_jax.claims.table import markdown
 
 ZERO_SHOT = {
   "untouched": dict(scaling="none"),
@@ -64,7 +63,7 @@ def report(results: dict, preset: str) -> str:
       right = round(sum(h["accuracy"] * h["samples"] for h in hits))
       cells.append(f"{right}/{count}" if count else "")
     rows.append(cells)
-  return f"{markdown(header, rows)}\n\n{_verdict(results, preset)}"
+  return f"{markdown.table(header, rows)}\n\n{_verdict(results, preset)}"
 
 
 def _verdict(results: dict, preset: str) -> str:

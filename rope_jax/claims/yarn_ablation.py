@@ -12,10 +12,9 @@ paper: Llama-2 7B, 4k to 64k, 400 steps of 64 sequences at 2e-5; --init_from=DIR
 
 from __future__ import annotations
 
-from rope_jax import config, presets
+from rope_jax import config, markdown, presets
 from rope_jax.claims import small
 from rope_jax.claims.statistics import interval, reduction
-from rope_jax.claims.table import markdown
 
 METHODS = {"pi": "PI", "ntk": "NTK-aware", "ntk_by_parts": "NTK-by-parts", "yarn": "YaRN"}
 PUBLISHED = {  # perplexity at 2k, ..., 32k; passkey at 32k
@@ -24,18 +23,20 @@ PUBLISHED = {  # perplexity at 2k, ..., 32k; passkey at 32k
   "ntk_by_parts": (4.143, 3.747, 3.623, 3.128, 2.814, 0.12),
   "yarn": (4.189, 3.767, 3.605, 3.088, 2.769, 0.68),
 }
+UNTOUCHED = {"none": "untouched"}
 FACTOR = 16
 
 
 def runs(preset: str, init_from: str) -> dict:
-  """Each method before and after training."""
+  """The untouched model, and each method before and after training."""
   out = {}
   for seed in small.SEEDS:
     if preset == "mini":
       out[small.base_name(seed)] = small.pretraining(seed)
+    make = _mini if preset == "mini" else _paper
+    out[_name(seed, "none", False)] = make(seed, "none", False, init_from)
     for method in METHODS:
       for trained in (False, True):
-        make = _mini if preset == "mini" else _paper
         out[_name(seed, method, trained)] = make(seed, method, trained, init_from)
   return out
 
@@ -43,17 +44,19 @@ def runs(preset: str, init_from: str) -> dict:
 def report(results: dict, preset: str) -> str:
   """Both tables, the order of the methods at each length, a verdict."""
   lengths = sorted({int(n) for run in results.values() for n in run["perplexity"]})
-  parts = []
+  parts, header = [], ("perplexity at", *(f"{n:,}" for n in lengths))
   for trained in (False, True):
     rows = [
       (title, *(_shown(_values(results, method, trained, n)) for n in lengths))
-      for method, title in METHODS.items()
+      for method, title in (METHODS if trained else UNTOUCHED | METHODS).items()
     ]
     title = "After the same training:" if trained else "Without training:"
-    parts.append(f"{title}\n\n" + markdown(("perplexity at", *(f"{n:,}" for n in lengths)), rows))
+    parts.append(
+      f"{title}\n\n" + markdown.table(("perplexity at", *(f"{n:,}" for n in lengths)), rows)
+    )
   rows = [(METHODS[m], *(f"{x:.3f}" for x in v[:5]), f"{v[5]:.2f}") for m, v in PUBLISHED.items()]
   header = ("perplexity at", "2,048", "4,096", "8,192", "16,384", "32,768", "passkey at 32,768")
-  parts.append("Published (trained):\n\n" + markdown(header, rows))
+  parts.append("Published (trained):\n\n" + markdown.table(header, rows))
   return "\n\n".join([*parts, _verdict(results, lengths)])
 
 

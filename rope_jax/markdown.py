@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """A table whose first column is set left and the others right."""
   cells = [list(header), *map(list, rows)]
   if len({len(row) for row in cells}) != 1:
