@@ -136,7 +136,9 @@ def _train(c, workdir: str, mesh, lock: Lock, trace: profile_lib.Steps, keep: bo
   metrics.say(
     f"{damage}{report.rope_line(c)}\n"
     f"model: {count(frozen) + count(trainable):,} parameters, {count(trainable):,} trained "
-    f"({', '.join(trainable)}); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}\n"
+    f"({', '.join(trainable)}), {count(frozen):,} frozen\n"
+    f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}; "
+    f"{mesh.size} x {mesh.devices.flat[0].device_kind}\n"
     f"data: {c.data.source}, {batches.total:,} tokens; "
     f"{c.train.batch_size} x {length:,} tokens a step\n"
     f"workdir: {workdir}" + (f", continued after step {first}" if first else "")
