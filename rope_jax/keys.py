@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import operator
 import os
 import re
 import sys
@@ -64,8 +65,10 @@ def documented() -> dict[str, tuple]:
   values = config.base()
   for name, entry in entries.ENTRIES.items():
     values.evals[name] = entry()
-    own = comments(entries._entry) | comments(entry)
-    text |= {f"evals.{name}.{k}": v for k, v in own.items()}
+  for block in [*(f"evals.{name}" for name in entries.ENTRIES), "search.fitness"]:
+    entry = entries.ENTRIES[operator.attrgetter(block)(values).type]
+    own = comments(entries._entry) | comments(entry) | {"type": text.get(block, "")}
+    text |= {f"{block}.{k}": v for k, v in own.items()}
   return {key: (value, text.get(key, "")) for key, value in _leaves(values)}
 
 

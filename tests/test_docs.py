@@ -79,9 +79,13 @@ def test_every_page_is_reached_from_the_readme():
   assert set(PAGES) <= reached
 
 
+# A command that a page shows with the error that it gives.
+REFUSED = re.compile(r"^python (launch/.+)\n(error: .+)\n", re.M)
+
+
 def commands(page: Path) -> list[list[str]]:
   """Words of each command of a page that names a file of launch, in blocks and in the text."""
-  text = page.read_text()
+  text = REFUSED.sub("", page.read_text())
   lines = [
     line
     for language, block in FENCE.findall(text)
@@ -153,6 +157,14 @@ def test_every_command_of_a_page_can_be_given(page):
       *parents, leaf = key.split(".")
       block = functools.reduce(lambda block, name: block[name], parents, c)
       assert leaf in block, (file, key)
+
+
+def test_errors_are_as_they_are_shown():
+  shown = REFUSED.findall((ROOT / "docs" / "configs.md").read_text())
+  assert len(shown) > 1
+  for command, error in shown:
+    words = [sys.executable, *shlex.split(command)]
+    assert subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stderr == f"{error}\n"
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
