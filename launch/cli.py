@@ -22,26 +22,38 @@ from ml_collections import config_flags
 from rope_jax.errors import DiskError, Preempted
 
 _NUMBERS, _DISK = 3, 74
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with ':arguments' if any.")
+_NEEDED = {}  # flag that must be given: an example of it
+flags.disclaim_key_flags()  # --help lists what is defined here with what asks for it
+
+
+def define_config():
+  """Defines --config, for entry points that can do without; `run` does it for all others."""
+  return config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, with ':arguments' if it takes any (docs/configs.md). Any key of it can be set: "
+    "--config.train.steps=100",
+  )
+
+
+def need(flag: str, example: str) -> None:
+  """Says that a flag must be given."""
+  _NEEDED.setdefault(flag, example)
 
 
 def run(main) -> None:
   """Parses the flags and calls main(config, name of the config); bad input exits with 2."""
-  flags.mark_flag_as_required("config")
+  config = define_config()
+  need("config", "configs/quickstart.py")
 
   def call(argv):
     if len(argv) > 1:
       fail(f"unexpected arguments: {argv[1:]}")
     file, arguments = _config_argument()
     name = os.path.splitext(os.path.basename(file))[0]
-    main(_CONFIG.value, "-".join(filter(None, [name, arguments.replace(os.sep, "_")])))
+    main(config.value, "-".join(filter(None, [name, arguments.replace(os.sep, "_")])))
 
   start(call)
-
-
-def given_config():
-  """The config of --config, or None."""
-  return _CONFIG.value
 
 
 def start(main) -> None:
@@ -131,7 +143,7 @@ def directory(workdir: str, name: str) -> str:
 
 def define_workdir():
   """Defines --workdir; call the result with the config's name for the directory."""
-  flag = flags.DEFINE_string("workdir", "", "Directory of the run; default runs/CONFIG.")
+  flag = flags.DEFINE_string("workdir", "", "Directory of the run; runs/CONFIG if not given.")
 
   def workdir(config_name):
     if flag.value.startswith("gs://"):
@@ -153,13 +165,15 @@ def check_directory(flag: str, path: str) -> None:
 
 def define_report():
   """Defines --report; its value is whether to write DIR/report.html."""
-  return flags.DEFINE_bool("report", False, "Write an HTML page of the results to the workdir.")
+  return flags.DEFINE_bool("report", False, "Write WORKDIR/report.html, all results on one page.")
 
 
 def define_profile():
   """Defines --profile; its value is whether to write DIR/profile, docs/performance.md."""
   return flags.DEFINE_bool(
-    "profile", False, "Write a trace, and where its time went, to the workdir."
+    "profile",
+    False,
+    "Trace two steps, or a forward pass; where their time went is in WORKDIR/profile.txt.",
   )
 
 
@@ -217,8 +231,15 @@ def parse(argv):
   file, _ = _config_argument()
   if file and not os.path.isfile(file):
     fail(f"--config={file}: no such file")
+  if "--help" in argv[1:]:  # absl would exit with 1
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    missing = [f"--{flag}={example}" for flag, example in _NEEDED.items()
+               if flags.FLAGS[flag].value is None]  # fmt: skip
+    if missing:
+      fail(f"give {' '.join(missing)}, for example; --help says more")
+    return rest
   except flags.Error as error:
     fail(error)
   except (AttributeError, IndexError, KeyError, MemoryError, OSError, OverflowError, RecursionError,

@@ -5,8 +5,9 @@
   python launch/compile.py --config=configs/psc_64k.py --topology=v5p:4x4x4 --sweep
 
 The compiler is the real one, of `pip install -e .[tpu]`, on any machine; no weights are read. It
-prints a table and writes DIR/compile.json. --sweep tries meshes and what is kept for the backward
-pass, and recommends the fastest that fits; started again, it goes on.
+prints a table and writes WORKDIR/compile.json. --sweep tries meshes and what is kept for the
+backward pass, and recommends the fastest that fits; its results go to WORKDIR/sweep.jsonl, so that
+the same command goes on where it was cut off. docs/pods.md says what the numbers are.
 """
 
 import itertools
@@ -34,13 +35,18 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, e.g. v5p:4x4x4, v5e
 MESH = flags.DEFINE_string(
   "mesh", "", "Axes that replace those of the config: fsdp=16,context=4, or 1x16x4x1."
 )
-SWEEP = flags.DEFINE_bool("sweep", False, "Try meshes and remat policies.")
+SWEEP = flags.DEFINE_bool("sweep", False, "Try meshes and config.model.remat.")
 REMAT = flags.DEFINE_list(
-  "sweep_remat", ["full", "attention", "qkv", "matmuls"], "Policies of --sweep, frugal ones first."
+  "sweep_remat",
+  ["full", "attention", "qkv", "matmuls"],
+  "With --sweep: policies to try, frugal ones first.",
 )
-ACCUMULATION = flags.DEFINE_list("sweep_accumulation", [], "Of --sweep; default: the config's.")
-TENSOR = flags.DEFINE_list("sweep_tensor", ["1"], "Sizes of the axis tensor of --sweep.")
-flags.mark_flag_as_required("topology")
+ACCUMULATION = flags.DEFINE_list(
+  "sweep_accumulation", [], "With --sweep: micro-batches to try; the config's if none."
+)
+TENSOR = flags.DEFINE_list("sweep_tensor", ["1"], "With --sweep: sizes of the tensor axis to try.")
+cli.need("config", "configs/psc_64k.py")
+cli.need("topology", "v5p:4x4x4")
 workdir_of = cli.define_workdir()
 
 

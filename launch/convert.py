@@ -28,22 +28,27 @@ import os
 import cli
 from absl import flags
 
-WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run to export.")
-OUT = flags.DEFINE_string("out", "", "Directory to make.")
-FORMAT = flags.DEFINE_enum("format", "hf", ["hf", "peft"], "A whole model, or LoRA alone.")
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", "", "With export: directory of the run.")
+OUT = flags.DEFINE_string("out", "", "With export, import: directory to make.")
+FORMAT = flags.DEFINE_enum(
+  "format", "hf", ["hf", "peft"], "With export: a whole model, or LoRA alone."
+)
 DTYPE = flags.DEFINE_enum(
   "dtype", "", ["", "float32", "bfloat16"], "Of the weights; as in the run or file if not given."
 )
-STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
+STEP = flags.DEFINE_integer(
+  "step", None, "With export: of the checkpoint; the newest if not given."
+)
 FREEZE = flags.DEFINE_bool(
-  "freeze", False, "Write a rope that depends on the length as it is at rope.context."
+  "freeze", False, "With export: write a rope that depends on the length as it is at rope.context."
 )
 BASE_MODEL = flags.DEFINE_string(
   "base_model", "", "What to call the base model, e.g. org/name on a hub; config.init_from."
 )
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest file of weights, 10^9 bytes.", 1e-6)
 TOKENIZER = flags.DEFINE_bool("tokenizer", True, "Export the tokenizer, too.")
-TOKENS = flags.DEFINE_integer("tokens", 2048, "With verify: of the text.", lower_bound=2)
+TOKENS = flags.DEFINE_integer("tokens", 2048, "With verify: how many of the text.", lower_bound=2)
 TEXT = flags.DEFINE_string("text", "", "With verify: a file; the prose of Python's manual if none.")
 JSON = flags.DEFINE_bool("json", False, "With show: print one JSON object and nothing else.")
 
@@ -51,7 +56,7 @@ JSON = flags.DEFINE_bool("json", False, "With show: print one JSON object and no
 def main(argv):
   command, *rest = argv[1:] or [""]
   if command not in COMMANDS:
-    cli.fail(f"{command or 'nothing'!s}: expected one of {', '.join(COMMANDS)}; see --help")
+    cli.fail(f"{command or 'no command'}: expected one of {', '.join(COMMANDS)}; --help says more")
   function, used = COMMANDS[command]
   given = [n for n in OWN_FLAGS if flags.FLAGS[n].present and n not in used]
   if given:
@@ -74,8 +79,8 @@ def export(arguments):
     cli.fail(f"export: unexpected arguments {arguments}; it takes --workdir or --config")
   from rope_jax import config
 
-  if cli.given_config() is not None:
-    runs = cli.runs_of(cli.given_config())
+  if CONFIG.value is not None:
+    runs = cli.runs_of(CONFIG.value)
     if list(runs) != [""]:
       cli.fail(f"--config: a comparison of {', '.join(runs)}; export one, by --workdir=DIR/NAME")
     runs = cli.searched(runs, WORKDIR.value) if WORKDIR.value else runs

@@ -1,10 +1,11 @@
-"""Runs the evaluations of a config on the newest checkpoint of a workdir.
+"""Runs the evaluations of a config on the newest checkpoint of a workdir, and trains nothing.
 
-  python launch/eval.py --config=configs/smollm2_16k.py:scaling=yarn --workdir=DIR
+  python launch/eval.py --config=configs/psc_64k.py --workdir=runs/psc
+  python launch/eval.py --config=configs/smollm2_16k.py:scaling=yarn,phase=none --workdir=runs/yarn
 
-Where the workdir holds no run, the model of config.init_from is evaluated as it is. Tables on the
-screen, DIR/results.json for programs, figures, and with --report an HTML page, DIR/report.html.
---profile adds a trace of a forward pass, DIR/profile, and where its time went, DIR/profile.txt.
+Where the workdir holds no run, the model of config.init_from is evaluated as it is, under the rope
+of the config. Which evaluations: config.evals, docs/evaluation.md. Prints tables; WORKDIR gets
+results.json and figures. Exit codes: docs/reliability.md.
 """
 
 import cli

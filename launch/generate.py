@@ -1,10 +1,11 @@
-"""Continues a text with the newest checkpoint of a workdir.
+"""Continues texts with the newest checkpoint of a workdir, greedily unless --temperature is given.
 
-  python launch/generate.py --config=configs/smollm2_16k.py:scaling=yarn --workdir=DIR \\
-    --prompt="The capital of France is"
+  python launch/generate.py --config=configs/quickstart.py --prompt="def main(" --max_new_tokens=40
+  python launch/generate.py --config=configs/smollm2_16k.py:phase=none --prompt_file=BOOK.txt
 
-Where the workdir holds no run, the model of config.init_from continues it. --prompt may be given
-several times; --prompt_file names files with long ones. Of a comparison, each run answers.
+Where the workdir holds no run, the model of config.init_from continues them. Each text and what
+follows must fit in config.rope.context. Prints the end of each text, a bar, and what follows; of a
+comparison, each run answers. Nothing is written.
 """
 
 import os
@@ -13,14 +14,18 @@ import cli
 from absl import flags
 
 workdir_of = cli.define_workdir()
-PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue.")
-PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file with a text to continue.")
-NEW = flags.DEFINE_integer("max_new_tokens", 64, "Tokens of a continuation.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the likeliest token.", lower_bound=0.0)
-TOP_P = flags.DEFINE_float(
-  "top_p", 1.0, "Sample from the likeliest tokens of this probability together.", 0.0, 1.0
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+PROMPT_FILE = flags.DEFINE_multi_string(
+  "prompt_file", [], "File with a text to continue; may be given several times."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0, upper_bound=2**32 - 1)
+NEW = flags.DEFINE_integer("max_new_tokens", 64, "Tokens of a continuation.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.0, "Of the softmax; 0 takes the likeliest token.", lower_bound=0.0
+)
+TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Sample from the likeliest tokens that have this probability together.", 0.0, 1.0
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1)
 
 
 def main(c, config_name):

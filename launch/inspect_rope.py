@@ -1,10 +1,12 @@
 """Prints the resolved rope of a config: frequencies, wavelengths, attention scale; draws figures.
 
-  python launch/inspect_rope.py --config=configs/psc_64k.py [--json] [--seq_len=N]
+  python launch/inspect_rope.py --config=configs/psc_64k.py
+  python launch/inspect_rope.py --config=configs/psc_64k.py --json --seq_len=8192
   python launch/inspect_rope.py --config=configs/psc_64k.py --plot=figures --compare=none,pi,dprope
 
---plot writes wavelengths, angle histograms, disturbance and score decay; --compare puts other
-methods of config.rope.scaling beside the config's own, with their default options.
+Nothing is trained, and no weights are read. --plot writes wavelengths, angle histograms,
+disturbance and score decay; --compare draws other methods beside the config's own, with their
+default options. docs/methods.md has the methods.
 """
 
 import copy
@@ -19,13 +21,15 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.
 SEQ_LEN = flags.DEFINE_integer(
   "seq_len",
   None,
-  "Tokens of the sequence, for methods that depend on it.",
+  "Tokens of the sequence, for methods that depend on it; rope.context if not given.",
   lower_bound=1,
   upper_bound=2**31 - 1,  # rope_jax.rope.limits.MOST_TOKENS, which takes seconds to import
 )
 PLOT = flags.DEFINE_string("plot", "", "Directory to write figures to.")
-COMPARE = flags.DEFINE_list("compare", [], "With --plot: other methods, e.g. none,pi,yarn.")
-FORMAT = flags.DEFINE_enum("format", "png", ["png", "svg"], "Of the figures.")
+COMPARE = flags.DEFINE_list(
+  "compare", [], "With --plot: other names of config.rope.scaling, e.g. none,pi,yarn."
+)
+FORMAT = flags.DEFINE_enum("format", "png", ["png", "svg"], "With --plot: of the figures.")
 
 
 def main(c, config_name):

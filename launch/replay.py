@@ -1,9 +1,10 @@
-"""Runs again a step that a run stopped at, and shows what of it is not finite.
+"""Runs again the step that a run stopped at, and shows what of it is not finite.
 
-  python launch/replay.py DIR/nonfinite/STEP
+  python launch/replay.py runs/psc/nonfinite/120
 
-The directory is what a run names when it stops at steps that are not finite (config.train.
-max_skipped); the config is that of the run in DIR.
+A run stops, with exit code 3, after more than config.train.max_skipped steps in a row that are not
+finite; its last line names this directory. The config is that of the run. Prints the loss, and
+where it, the parameters and the gradients are not finite; writes nothing.
 """
 
 import cli

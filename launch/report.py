@@ -1,15 +1,17 @@
 """Writes the results of runs and comparisons, side by side, as one HTML file.
 
-  python launch/report.py runs/quickstart runs/squeeze --output=report.html
+  python launch/report.py runs/quickstart runs/smooth --output=report.html
 
-Each DIR is the workdir of launch/train.py or launch/eval.py, of a run or a comparison. The page
-needs no network; links to it may hide runs: report.html#hide=NAME&hide=OTHER
+Each argument is the workdir of launch/train.py or launch/eval.py, of a run or a comparison. The
+page needs no network; links to it may hide runs: report.html#hide=NAME&hide=OTHER
 """
 
 import cli
 from absl import app, flags
 
-OUTPUT = flags.DEFINE_string("output", "report.html", "File to write.")
+OUTPUT = flags.DEFINE_string(
+  "output", "report.html", "File to write; one that is there is replaced."
+)
 
 
 def main(argv):

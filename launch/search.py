@@ -2,14 +2,11 @@
 
   python launch/search.py --config=configs/search_tiny.py --workdir=DIR
 
-Each run whose config.search.method names a method gets DIR/factors.json (in a comparison,
-DIR/NAME/factors.json) with its provenance, figures of the factors and of the fitness, and
-search.jsonl: all that was computed, so that the same command goes on where it was cut off. Then it
-is what launch/train.py makes of it, with these factors. config.rope.longrope.factors=FILE reads
-them in any other config.
-
---throughput=N instead times N candidates of the first run that searches, evaluated together as here
-and one at a time with a fresh compile as released.
+Each run whose config.search.method names a method gets factors.json, figures of the factors and of
+the fitness, and search.jsonl, all that was computed: the same command goes on where it was cut off.
+They are in WORKDIR, in a comparison in WORKDIR/NAME. Then the run is trained (if train.steps says
+so) and evaluated with these factors, as by launch/train.py. --config.rope.longrope.factors=FILE
+reads them in any other config. docs/search.md has the methods.
 """
 
 import cli
@@ -17,7 +14,11 @@ from absl import flags
 
 workdir_of, REPORT = cli.define_workdir(), cli.define_report()
 THROUGHPUT = flags.DEFINE_integer(
-  "throughput", 0, "Time so many candidates, both ways, and search nothing.", lower_bound=0
+  "throughput",
+  0,
+  "Search nothing; time so many candidates of the first run that searches, evaluated together and "
+  "one at a time with a fresh compile each.",
+  lower_bound=0,
 )
 
 

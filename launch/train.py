@@ -1,10 +1,15 @@
-"""Trains, evaluates, checkpoints; resumes if the workdir holds a run.
+"""Trains, evaluates and saves a run, or each run of a comparison; goes on with what is there.
 
-  python launch/train.py --config=configs/psc_64k.py --workdir=DIR
+  python launch/train.py --config=configs/quickstart.py
+  python launch/train.py --config=configs/psc_64k.py --config.init_from=DIR --workdir=runs/psc
 
-Every key of the config can be set: --config.train.steps=100 --config.rope.scaling=pi
---report writes DIR/report.html, an HTML page of the results; --profile a trace of two steps to
-DIR/profile, and where their time went to DIR/profile.txt.
+Every key of the config can be set: --config.train.steps=100 --config.rope.scaling=pi. All of them,
+with their defaults: python -m rope_jax.keys
+
+Prints the resolved rope, parameters, memory, progress and a table of results. WORKDIR gets the
+config, checkpoints, metrics, results.json and figures (docs/configs.md), in a comparison a
+directory for each run. The same command goes on after a kill, and where it exits with 74 (the disk)
+or 75 (preempted); 2 is bad input, 3 numbers that are not finite (docs/reliability.md).
 """
 
 import cli

@@ -22,7 +22,7 @@ from ml_collections.config_dict import placeholder
 
 import rope_jax
 from rope_jax import reading, rope
-from rope_jax.errors import choice
+from rope_jax.errors import check, choice
 from rope_jax.evals.entries import (  # noqa: F401 - for configs
   ENTRIES,
   complete,
@@ -241,8 +241,9 @@ def runs(c: ConfigDict) -> dict[str, ConfigDict]:
       *((f"search.{key}", search[key]) for key in ("init_from", "base", "initial")),
     ):
       source = path.removeprefix("run:")
-      if path != source:
-        choice(f"runs.{name}.{key}", source, c.order[:i])
+      before = ", ".join(c.order[:i]) or "there is none"
+      check(path == source or source in c.order[:i], f"runs.{name}.{key}", path,
+            f"'run:NAME' of a run before it in config.order: {before}")  # fmt: skip
     complete(c.runs[name].evals)
   return {name: c.runs[name] for name in c.order}
 

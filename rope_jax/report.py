@@ -187,6 +187,26 @@ def _grid(cells: list[list[str]]) -> str:
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def memory_line(planned: dict, device) -> str:
+  """What a compiled step takes of each device, in one line.
+
+  Args:
+    planned: `train.step.planned_bytes`.
+    device: one of those, which may know how much it has.
+  """
+  limit = (device.memory_stats() or {}).get("bytes_limit")  # a CPU does not know
+  of = f" of {_bytes(limit)}" if limit else ""
+  held, rest = planned["arguments"], planned["total"] - planned["arguments"]
+  return (
+    f"memory: a step takes {_bytes(planned['total'])}{of} of each device, {_bytes(held)} for "
+    f"weights, optimizer and batch, {_bytes(rest)} while it runs"
+  )
+
+
+def _bytes(n: int) -> str:
+  return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
+
+
 def compiled(r: dict) -> str:
   """What `train.ahead.report` found, as a table for the screen."""
   gb, tf = 1e9, 1e12

@@ -269,7 +269,7 @@ def test_a_comparison_runs_in_its_order_and_not_by_name():
   c = config.comparison(zero=first, one=second)
   assert list(config.runs(c)) == ["zero", "one"]
   for order, message in (
-    (("one", "zero"), "runs.one.init_from='zero'"),
+    (("one", "zero"), "runs.one.init_from='run:zero'.* in config.order: there is none"),
     (("zero", "two"), "order='two'"),
   ):
     c.order = order

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,7 @@ def test_resume_is_bitwise(tmp_path, folder, make, monkeypatch):
         raise Killed
       return step(*inputs)
 
+    call.lower = step.lower
     return call
 
   with monkeypatch.context() as patch:
@@ -98,6 +100,27 @@ def test_training_learns_and_is_evaluated_as_by_eval(tmp_path, folder):
   rope = json.loads((tmp_path / "run/rope.json").read_text())
   assert rope["inv_freq"] == resolve.rope(c).inv_freq.tolist()
   assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_the_step_is_compiled_once_and_its_memory_is_said(tmp_path, folder, capsys):
+  c, compiled = adapted_config(folder), []
+
+  def listen(event, seconds, **about):
+    compiled.append((event.rpartition("/")[2], about.get("fun_name")))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    loop.train(c, str(tmp_path))
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert compiled.count(("backend_compile_duration", "jit(step)")) == 1
+  (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("memory: ")]
+  total, held, rest = (float(x) for x in re.findall(r"([\d.]+) MB", line))
+  assert abs(total - held - rest) < 0.2 and rest > 0
+  # In float32: the parameters, two moments of those that are trained, and 4 x 64 tokens.
+  run = json.loads((tmp_path / "run.json").read_text())
+  numbers = run["parameters"] + 2 * run["trained_parameters"]
+  assert abs(held - 4e-6 * numbers) < 0.1
 
 
 def test_evaluations_run_during_training_when_due(tmp_path, folder):

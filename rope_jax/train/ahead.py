@@ -216,19 +216,11 @@ def _model_flops(c, devices: int, all_trained: bool = False) -> float:
 
 
 def _memory(compiled, chip: chips.Chip) -> dict:
-  stats = compiled.memory_analysis()
-  parts = dict(
-    arguments=stats.argument_size_in_bytes,
-    output=stats.output_size_in_bytes,
-    reused=stats.alias_size_in_bytes,  # outputs that take the place of donated arguments
-    temporaries=stats.temp_size_in_bytes,
-    code=stats.generated_code_size_in_bytes,
-  )
-  total = sum(parts.values()) - 2 * parts["reused"]
+  stats, planned = compiled.memory_analysis(), step_lib.planned_bytes(compiled)
   return dict(
-    bytes=dict(parts, total=total, peak=stats.peak_memory_in_bytes),
+    bytes=dict(planned, peak=stats.peak_memory_in_bytes),
     host_bytes=stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes,
-    fits=total <= chip.hbm,
+    fits=planned["total"] <= chip.hbm,
   )
 
 

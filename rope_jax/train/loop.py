@@ -136,7 +136,9 @@ def _train(c, workdir: str, mesh, lock: Lock, trace: profile_lib.Steps, keep: bo
   metrics.say(
     f"{damage}{report.rope_line(c)}\n"
     f"model: {count(frozen) + count(trainable):,} parameters, {count(trainable):,} trained "
-    f"({', '.join(trainable)}); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}\n"
+    f"({', '.join(trainable)}), {count(frozen):,} frozen\n"
+    f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}; "
+    f"{mesh.size} x {mesh.devices.flat[0].device_kind}\n"
     f"data: {c.data.source}, {batches.total:,} tokens; "
     f"{c.train.batch_size} x {length:,} tokens a step\n"
     f"workdir: {workdir}" + (f", continued after step {first}" if first else "")
@@ -205,6 +207,10 @@ def _train(c, workdir: str, mesh, lock: Lock, trace: profile_lib.Steps, keep: bo
     for step, batch in enumerate(batches_lib.prefetch(batch_of, first, c.train.steps), first + 1):
       if c.data.positions == "clex":  # positions and frequencies of a step share their t
         rope = resolve.training_rope(c, arrange.time(step - 1))
+      if step == first + 1:  # compiled here, and not again where it is called
+        program = step_fn.lower(trainable, opt_state, frozen, batch, rope).compile()
+        if planned := step_lib.planned_bytes(program):
+          metrics.say(report.memory_line(planned, mesh.devices.flat[0]))
       with trace.step(step, trainable):
         trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
       if step == first + 1:  # it is compiled: from now on there is something to lose

@@ -89,6 +89,26 @@ def train_step(
   return compiler.jit(step, donate_argnums=(0, 1), out_shardings=out)
 
 
+def planned_bytes(compiled) -> dict[str, int]:
+  """Bytes of a device that a compiled program takes, by what for, and their `total`.
+
+  What it finds there (`arguments`), what it gives back (`output`, of which `reused` takes the place
+  of donated arguments), what it needs in between (`temporaries`), and its `code`. Empty where the
+  compiler does not say.
+  """
+  stats = compiled.memory_analysis()
+  if stats is None:
+    return {}
+  parts = dict(
+    arguments=stats.argument_size_in_bytes,
+    output=stats.output_size_in_bytes,
+    reused=stats.alias_size_in_bytes,
+    temporaries=stats.temp_size_in_bytes,
+    code=stats.generated_code_size_in_bytes,
+  )
+  return dict(parts, total=sum(parts.values()) - 2 * parts["reused"])
+
+
 def token_loss(model: Llama, *, chunk: int, rope_by_row: bool = False) -> Callable:
   """The jitted (variables, tokens [B, L], rope) -> losses [B, L - 1] of tokens 1 .. L-1 (nats).
 
