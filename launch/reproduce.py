@@ -25,6 +25,7 @@ ONLY = flags.DEFINE_string("only", "*", "Pattern of the names of the runs to mak
 INIT_FROM = flags.DEFINE_string("init_from", "", "Weights of the base model, for --preset=paper.")
 RECORD = flags.DEFINE_string("record", "", "Print the tables of such a file, and run nothing.")
 JOIN = flags.DEFINE_list("join", [], "Records from elsewhere, whose runs are not made again.")
+FIGURE = flags.DEFINE_string("figure", "", "With --record: the PNG or SVG to draw it to.")
 PAGE = flags.DEFINE_string("page", "", "Make the tables of a Markdown page anew from its records.")
 
 
@@ -35,7 +36,10 @@ def main(argv):
     if name not in CLAIMS:
       cli.fail(f"unknown claim {name!r}; known: {', '.join(CLAIMS)}")
   if RECORD.value:
-    print(runner.report(page.read(RECORD.value)))
+    value = page.read(RECORD.value)
+    print(runner.report(value))
+    if FIGURE.value and not runner.figure(value, FIGURE.value):
+      cli.fail(f"--figure={FIGURE.value}: {value['claim']} has none")
   elif PAGE.value:
     page.write(PAGE.value)
   elif len(argv) == 1:
@@ -48,6 +52,10 @@ def main(argv):
     others = [page.read(path, "join") for path in JOIN.value]
     value = runner.run(name, PRESET.value, workdir, ONLY.value, INIT_FROM.value, others)
     print("\n" + runner.report(value))
+    path = os.path.join(workdir, name)
+    written = [f"{path}.json"] if value["runs"] else []
+    written += [f"{path}.png"] if runner.figure(value, f"{path}.png") else []
+    print("\n" + "\n".join(written))
 
 
 if __name__ == "__main__":

@@ -158,6 +158,18 @@ def test_the_order_of_the_ablation_follows_the_numbers():
   assert "other way round" not in verdict
 
 
+def test_the_figure_of_the_ablation_has_what_there_is(tmp_path):
+  part = dict(metric="ppl", ppl=9.0, stderr=0.1, by_position=[])
+  run = dict(perplexity={"256": dict(part), "4096": dict(part)})
+  value = dict(
+    claim="yarn-ablation", preset="mini", runs={"yarn_s0_yarn_trained": dict(results=run)}
+  )
+  assert runner.figure(value, str(tmp_path / "f.svg"))
+  text = (tmp_path / "f.svg").read_text()
+  assert "YaRN, trained" in text and "untouched" not in text
+  assert not runner.figure(dict(value, claim="resonance-theory"), str(tmp_path / "g.svg"))
+
+
 def test_reports_can_be_made_of_nothing_and_of_a_part():
   for name in TRAINED:
     assert CLAIMS[name].report({}, "mini")

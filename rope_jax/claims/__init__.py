@@ -5,6 +5,10 @@ A claim is a module. Its docstring says what is claimed, where, and how it is tr
   runs(preset, init_from) -> {name: config}    what is trained and evaluated, in order
   report(results, preset) -> str               Markdown: tables and a verdict, of the runs there are
 
+and, where there is something to look at,
+
+  figure(results, preset, path)                a PNG or SVG
+
 `results` is {run: {evaluation: {column: ...}}}. Claims that need no run have none: {}.
 """
 

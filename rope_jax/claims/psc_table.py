@@ -115,7 +115,7 @@ def _variants(results: dict, n: int) -> str:
     found = _values(results, MIDDLE, "yarn", variant, n)
     seeds = sorted(set(found) & set(released))
     if seeds:
-      ppl = interval([found[s] for s in seeds]).shown(3)
+      ppl = f"{sum(found[s] for s in seeds) / len(seeds):.3f}"
       other = reduction([found[s] for s in seeds], [released[s] for s in seeds])
       rows.append((title, ppl, "" if variant == "psc" else other.shown(2, True)))
   title = f"Variants of PSC over YaRN x{MIDDLE}, at {n:,} tokens:"

@@ -159,8 +159,7 @@ def write_record(value: dict, path: str) -> None:
 
 def report(value: dict) -> str:
   """The tables and the verdict of a record, and what they are from."""
-  results = {name: run["results"] for name, run in value["runs"].items() if run["results"]}
-  text = CLAIMS[value["claim"]].report(results, value["preset"])
+  text = CLAIMS[value["claim"]].report(_evaluated(value), value["preset"])
   if not value["of"]:
     return text
   v = value["versions"]
@@ -169,6 +168,15 @@ def report(value: dict) -> str:
     f"{text}\n\nFrom {len(value['runs'])} runs{whole}; preset {value['preset']}, Python "
     f"{v['python']}, jax {v['jax']} on {v['backend']}."
   )
+
+
+def figure(value: dict, path: str) -> bool:
+  """Draws what there is to look at in a record; False where that is nothing."""
+  draw = getattr(CLAIMS[value["claim"]], "figure", None)
+  if draw and _evaluated(value):
+    draw(_evaluated(value), value["preset"], path)
+    return True
+  return False
 
 
 def run(
@@ -221,6 +229,11 @@ def run(
   if found:
     write_record(value, path)
   return value
+
+
+def _evaluated(value: dict) -> dict:
+  """{run: results} of a record, without runs that others only start from."""
+  return {name: run["results"] for name, run in value["runs"].items() if run["results"]}
 
 
 def _results(directory: str) -> dict:

@@ -12,9 +12,9 @@ paper: Llama-2 7B, 4k to 64k, 400 steps of 64 sequences at 2e-5; --init_from=DIR
 
 from __future__ import annotations
 
-from rope_jax import config, markdown, presets
+from rope_jax import config, figures, markdown, presets
 from rope_jax.claims import small
-from rope_jax.claims.statistics import interval, reduction
+from rope_jax.claims.statistics import reduction
 
 METHODS = {"pi": "PI", "ntk": "NTK-aware", "ntk_by_parts": "NTK-by-parts", "yarn": "YaRN"}
 PUBLISHED = {  # perplexity at 2k, ..., 32k; passkey at 32k
@@ -50,14 +50,26 @@ def report(results: dict, preset: str) -> str:
       (title, *(_shown(_values(results, method, trained, n)) for n in lengths))
       for method, title in (METHODS if trained else UNTOUCHED | METHODS).items()
     ]
-    title = "After the same training:" if trained else "Without training:"
-    parts.append(
-      f"{title}\n\n" + markdown.table(("perplexity at", *(f"{n:,}" for n in lengths)), rows)
-    )
+    title = "After the same training:" if trained else "Without training (means over seeds):"
+    parts.append(f"{title}\n\n{markdown.table(header, rows)}")
   rows = [(METHODS[m], *(f"{x:.3f}" for x in v[:5]), f"{v[5]:.2f}") for m, v in PUBLISHED.items()]
   header = ("perplexity at", "2,048", "4,096", "8,192", "16,384", "32,768", "passkey at 32,768")
   parts.append("Published (trained):\n\n" + markdown.table(header, rows))
   return "\n\n".join([*parts, _verdict(results, lengths)])
+
+
+def figure(results: dict, preset: str, path: str) -> None:
+  """Perplexity by length and by position of the first seed, before and after training."""
+  shown = {"none": (False,), "pi": (False, True), "yarn": (False, True)}
+  found = {
+    f"{(UNTOUCHED | METHODS)[m]}{', trained' if trained else ''}": results.get(
+      _name(small.SEEDS[0], m, trained), {}
+    ).get("perplexity")
+    for m, which in shown.items() for trained in which
+  }  # fmt: skip
+  context = small.WINDOW if preset == "mini" else 4096
+  found = {name: run for name, run in found.items() if run}
+  figures.by_length(found, path, original_contexts=[context])
 
 
 def _verdict(results: dict, lengths: list[int]) -> str:
@@ -74,7 +86,7 @@ def _verdict(results: dict, lengths: list[int]) -> str:
 
 
 def _shown(values: dict[int, float]) -> str:
-  return interval(list(values.values())).shown(3) if values else ""
+  return f"{sum(values.values()) / len(values):.3f}" if values else ""
 
 
 def _values(results: dict, method: str, trained: bool, n: int) -> dict[int, float]:
