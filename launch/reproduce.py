@@ -55,7 +55,7 @@ def main(argv):
     path = os.path.join(workdir, name)
     written = [f"{path}.json"] if value["runs"] else []
     written += [f"{path}.png"] if runner.figure(value, f"{path}.png") else []
-    print("\n" + "\n".join(written))
+    print("".join(f"\n{path}" for path in written))
 
 
 if __name__ == "__main__":

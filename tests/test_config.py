@@ -427,6 +427,6 @@ def test_inspect_rope_draws_and_strict_json_has_no_infinity(tmp_path):
 
 def test_reproduce_lists_runs_and_refuses():
   assert "dprope-table3" in launch("reproduce.py").stdout
-  assert "46 of 64" in launch("reproduce.py", "resonance-theory").stdout
+  assert "7.058e+51" in launch("reproduce.py", "resonance-theory").stdout
   done = launch("reproduce.py", "cold-fusion")
   assert done.returncode == 2 and "cold-fusion" in done.stderr and "Traceback" not in done.stderr
