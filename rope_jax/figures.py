@@ -1,6 +1,7 @@
 """Figures of results, as PNG or SVG by the name of the file; those of ropes are in `plots`.
 
-All take {run: {column: ...}} of one evaluation (the form: `rope_jax.evals`) and know no type.
+All take {run: {column: ...}} of one evaluation (the form: `rope_jax.evals`) and know no type; they
+return the figure, which a notebook shows, and without a path write nothing.
 """
 
 from __future__ import annotations
@@ -8,16 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure  # not pyplot: no screen needed, and a notebook keeps its own
 
-from rope_jax import report
+from rope_jax import plots, report
 from rope_jax import results as results_lib
 
 
@@ -44,26 +41,20 @@ def write(results: dict[str, dict], workdir: str, *, original_contexts: Iterable
 
 
 def by_length(
-  results: dict[str, dict], path: str, *, original_contexts: Iterable[int] = ()
-) -> None:
+  results: dict[str, dict], path: str | None = None, *, original_contexts: Iterable[int] = ()
+) -> Figure:
   """Values by length, run by run; beside them those by position in the longest window, if any.
 
   Perplexities are drawn on a logarithmic axis, shares on one from 0 to 1.
 
   Args:
     results: {run: {column: ...}}; columns that are no lengths are left out.
-    path: PNG or SVG to write.
+    path: PNG or SVG to write; None writes none.
     original_contexts: tokens; each is drawn as a line.
   """
-  lengths = results_lib.lengths(results)
-  what = report.metric({c: r for by_column in results.values() for c, r in by_column.items()})
-  windows = {c: x for c, x in results_lib.positions(results).items() if c in lengths}
-  panels = 1 + len(windows)
-  figure, grid = plt.subplots(
-    1, panels, figsize=(5.5 * panels, 4), constrained_layout=True, squeeze=False
-  )
-  axes, *others = grid[0]
-  drawn = []
+  lengths, windows = results_lib.lengths(results), _windows(results)
+  figure, (axes, *others) = _panels(1 + len(windows))
+  drawn, what = [], _metric(results)
   for i, (run, columns) in enumerate(results.items()):
     points = [(int(n), columns[n], columns[n]["metric"]) for n in lengths if n in columns]
     drawn += _curve(axes, points, run, i)
@@ -71,26 +62,30 @@ def by_length(
   axes.set_xticks(ticks := [int(n) for n in lengths], [f"{n:,}" for n in ticks])
   axes.minorticks_off()
   _scale(axes, what, drawn)
-  for axes, (column, by_run) in zip(others, windows.items()):
-    drawn = []
-    for i, run in enumerate(results):
-      metric = results[run][column]["metric"] if run in by_run else ""
-      points = [((p["start"] + p["end"]) / 2, p, metric) for p in by_run.get(run, [])]
-      drawn += _curve(axes, points, run, i)
-    title = f"By position, window of {int(column):,} tokens"
-    axes.set(xlabel="position in the window (tokens)", ylabel=what, title=title)
-    _scale(axes, what, drawn)
-  for axes in grid[0]:
-    for i, context in enumerate(sorted(set(original_contexts))):
-      label = dict(label="trained window") if i == 0 else {}
-      axes.axvline(context, color="gray", linestyle="--", linewidth=1, **label)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  _draw_windows(others, windows, results)
+  return _finish(figure, original_contexts, path)
 
 
-def heatmap(results: dict[str, dict], path: str) -> None:
+def by_position(
+  results: dict[str, dict], path: str | None = None, *, original_contexts: Iterable[int] = ()
+) -> Figure:
+  """Values by position in the longest window alone, run by run: as beside those by length.
+
+  Args:
+    results, path, original_contexts: as for `by_length`.
+
+  Raises:
+    ValueError: if there are none by position.
+  """
+  windows = results_lib.positions(results)
+  if not windows:
+    raise ValueError("by_position: these results have no values by position")
+  figure, panels = _panels(len(windows))
+  _draw_windows(panels, windows, results)
+  return _finish(figure, original_contexts, path)
+
+
+def heatmap(results: dict[str, dict], path: str | None = None) -> Figure:
   """Values by length and by depth of what is to be found, a panel for each run.
 
   Depth 0 (the start of the text) is at the top. Colours of shares go from 0 to 1 in all figures,
@@ -98,7 +93,7 @@ def heatmap(results: dict[str, dict], path: str) -> None:
 
   Args:
     results: {run: {column: ...}} with "by_depth"; tasks that have it get panels of their own.
-    path: PNG or SVG to write.
+    path: PNG or SVG to write; None writes none.
   """
   rows = report.rows(results)
   found = results_lib.parts(rows, "by_depth")
@@ -117,10 +112,8 @@ def heatmap(results: dict[str, dict], path: str) -> None:
   across = min(len(labels), 3)
   down = -(-len(labels) // across)
   width, height = 1.5 + 0.75 * len(found), 1.2 + 0.36 * len(depths)
-  figure, grid = plt.subplots(
-    down, across, figsize=(width * across + 0.8, height * down + 0.3), constrained_layout=True,
-    squeeze=False,
-  )  # fmt: skip
+  figure = Figure(figsize=(width * across + 0.8, height * down + 0.3), layout="constrained")
+  grid = figure.subplots(down, across, squeeze=False)
   colours = LinearSegmentedColormap.from_list("", np.array(results_lib.COLOURS) / 255)
   for axes, label in zip(grid.flat, labels):
     shades = np.vectorize(lambda v: np.nan if np.isnan(v) else shade(v))(values[label])
@@ -140,8 +133,46 @@ def heatmap(results: dict[str, dict], path: str) -> None:
   bar.set_label(what if share else f"{what}, worst to best")
   if not share:
     bar.set_ticks([])
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  return plots.saved(figure, path)
+
+
+def _metric(results: dict[str, dict]) -> str:
+  return report.metric({c: r for by_column in results.values() for c, r in by_column.items()})
+
+
+def _windows(results: dict[str, dict]) -> dict:
+  lengths = results_lib.lengths(results)
+  return {c: x for c, x in results_lib.positions(results).items() if c in lengths}
+
+
+def _panels(count: int) -> tuple[Figure, list]:
+  figure = Figure(figsize=(5.5 * count, 4), layout="constrained")
+  return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _draw_windows(panels: list, windows: dict, results: dict[str, dict]) -> None:
+  """Values by position, a panel for each column that has them."""
+  what = _metric(results)
+  for axes, (column, by_run) in zip(panels, windows.items()):
+    drawn = []
+    for i, run in enumerate(results):
+      metric = results[run][column]["metric"] if run in by_run else ""
+      points = [((p["start"] + p["end"]) / 2, p, metric) for p in by_run.get(run, [])]
+      drawn += _curve(axes, points, run, i)
+    title = f"By position, window of {int(column):,} tokens" if column.isdigit() else "By position"
+    axes.set(xlabel="position in the window (tokens)", ylabel=what, title=title)
+    _scale(axes, what, drawn)
+
+
+def _finish(figure: Figure, original_contexts: Iterable[int], path: str | None) -> Figure:
+  contexts = sorted(set(original_contexts))
+  for axes in figure.axes:
+    for i, context in enumerate(contexts):
+      label = dict(label="trained window") if i == 0 else {}
+      axes.axvline(context, color="gray", linestyle="--", linewidth=1, **label)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+  return plots.saved(figure, path)
 
 
 def _curve(axes, points: list[tuple], run: str, i: int) -> list[float]:

@@ -57,10 +57,15 @@ def sequences(task: str, seeds: np.ndarray, length: int, *, modulus: int, far: i
   out = np.zeros((len(seeds), max(length, given)), np.int32)
   out[:, :given] = seeds
   for i in range(given, length):
-    start = dict(recursive=i - given, cot=0, semi_recursive=(i - given) // 2)[task]
+    start = pointer(task, i, given)
     total = out[:, start : start + far].sum(1) + out[:, i - (given - far) : i].sum(1)
     out[:, i] = total % modulus
   return out[:, :length]
+
+
+def pointer(task: str, place: int, given: int) -> int:
+  """p: where the far tokens start that the token at a place follows from, after `given` of seed."""
+  return dict(recursive=place - given, cot=0, semi_recursive=(place - given) // 2)[task]
 
 
 def seeds(p, split: str) -> np.ndarray:
