@@ -108,7 +108,8 @@ def help_of(entry: str) -> subprocess.CompletedProcess:
 
 
 def flags_of(entry: str) -> set[str]:
-  found = re.findall(r"^  --(\[no\])?(\w+):", help_of(entry).stdout, re.M)
+  # As absl has it, or argparse.
+  found = re.findall(r"^  --(\[no\])?(\w+)(?::|  )", help_of(entry).stdout, re.M)
   return {name for _, name in found} | {f"no{name}" for no, name in found if no}
 
 
@@ -143,8 +144,8 @@ def test_every_command_of_a_page_can_be_given(page):
     given = [word.removeprefix("--") for word in words if word.startswith("--")]
     values = dict(word.split("=", 1) for word in given if "=" in word)
     for name in (word.partition("=")[0] for word in given):
-      known = name.startswith("config.") and "config" in flags_of(Path(file).name)
-      assert known or name in flags_of(Path(file).name), (file, name)
+      known = flags_of(file.removeprefix("launch/"))
+      assert name in known or name.startswith("config.") and "config" in known, (file, name)
     rest = [word for word in words if not word.startswith("-") and word.islower()]
     if file.endswith("reproduce.py"):
       assert set(rest) <= set(claims.CLAIMS), rest
