@@ -82,7 +82,7 @@ def test_searches_of_a_comparison_that_are_killed_end_the_same(path, tmp_path):
     (["--config=configs/search_tiny.py", "--config.runs.gradient.search.gradient.steps=0"],
      "config.runs.gradient.search.gradient.steps=0"),
     (["--config=configs/search_tiny.py", "--config.runs.gradient.search.initial=run:typo"],
-     "config.runs.gradient.search.initial='typo'"),
+     "config.runs.gradient.search.initial='run:typo'"),
   ],
 )  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, args, message):

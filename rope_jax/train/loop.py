@@ -210,7 +210,7 @@ def _train(c, workdir: str, mesh, lock: Lock, trace: profile_lib.Steps, keep: bo
       if step == first + 1:  # compiled here, and not again where it is called
         program = step_fn.lower(trainable, opt_state, frozen, batch, rope).compile()
         if planned := step_lib.planned_bytes(program):
-          metrics.say(report.memory_line(planned, mesh.devices.flat[0]))
+          metrics.say(report.memory_line(planned, mesh.local_devices[0]))
       with trace.step(step, trainable):
         trainable, opt_state, values = step_fn(trainable, opt_state, frozen, batch, rope)
       if step == first + 1:  # it is compiled: from now on there is something to lose
