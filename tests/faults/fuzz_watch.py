@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 SECONDS = 60  # for a file of some hundred kilobytes, on a busy machine
 _FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen",
-              "socket.connect", "pickle.find_class", "shutil.rmtree")  # fmt: skip
-_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod")
+              "socket.connect", "socket.getaddrinfo", "pickle.find_class")  # fmt: skip
+_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod",
+            "shutil.rmtree")  # fmt: skip
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-_state = dict(root=None, seen=[])
+_state = dict(on=False, root=None, seen=[])
 
 
 class Hung(BaseException):
@@ -21,10 +22,12 @@ class Hung(BaseException):
 
 
 def _hook(event: str, args: tuple) -> None:
-  if _state["root"] is None:
+  if not _state["on"]:
     return
   if event in _FORBIDDEN:
     _state["seen"].append(f"{event} {args!r:.200}")
+  elif not _state["root"]:
+    return
   elif event == "exec" and args[0].co_filename.startswith(_state["root"]):
     _state["seen"].append(f"exec of {args[0].co_filename}")
   elif event == "compile" and str(args[1]).startswith(_state["root"]):
@@ -52,25 +55,38 @@ _installed = []
 
 
 @contextmanager
+def listen(root: str = ""):
+  """Yields the list of what was done that must not be.
+
+  Args:
+    root: also what is written elsewhere, and what runs of the files there, if it is given.
+  """
+  if not _installed:
+    sys.addaudithook(_hook)  # cannot be taken away again: it is only heard here
+    _installed.append(True)
+  _state.update(on=True, root=root, seen=[])
+  try:
+    yield _state["seen"]
+  finally:
+    _state["on"] = False
+
+
+@contextmanager
 def watch(root: str):
-  """Yields the list of what was done that must not be; raises Hung where it takes too long.
+  """Listens, and raises Hung where it takes too long.
 
   A hang in a library, which does not come back to Python, ends the process with a traceback.
   """
-  if not _installed:
-    sys.addaudithook(_hook)  # cannot be taken away again
-    _installed.append(True)
   old = signal.signal(signal.SIGALRM, _alarm)
-  _state.update(root=root, seen=[])
   faulthandler.dump_traceback_later(3 * SECONDS, exit=True, file=sys.__stderr__)
   signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)  # again, where a destructor did not hear it
   try:
-    yield _state["seen"]
+    with listen(root) as seen:
+      yield seen
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
     faulthandler.cancel_dump_traceback_later()
     signal.signal(signal.SIGALRM, old)
-    _state["root"] = None
 
 
 def peak_mb() -> int:
