@@ -160,6 +160,8 @@ def _draw_windows(panels: list, windows: dict, results: dict[str, dict]) -> None
       points = [((p["start"] + p["end"]) / 2, p, metric) for p in by_run.get(run, [])]
       drawn += _curve(axes, points, run, i)
     title = f"By position, window of {int(column):,} tokens" if column.isdigit() else "By position"
+    if len(windows) > 1 and not column.isdigit():
+      title = column
     axes.set(xlabel="position in the window (tokens)", ylabel=what, title=title)
     _scale(axes, what, drawn)
 

@@ -158,6 +158,76 @@ def test_the_order_of_the_ablation_follows_the_numbers():
   assert "other way round" not in verdict
 
 
+def _posgen_results(accuracy: dict) -> dict:
+  """Results in which every task has these accuracies out of distribution, by arm."""
+  out = {}
+  for name, c in runner.runs("posgen-table1", "mini").items():
+    arm = re.search(r"(disjoint|combinations)_(\w+)_s\d", name)[2]
+    value = accuracy[arm] + 0.001 * c.seed * (1 + arm.startswith("resonance"))
+    place = dict(accuracy=value, start=64, end=256)
+    column = dict(place, by_position=[dict(place, end=96), dict(place, start=96)])
+    within = dict(place, accuracy=0.9, start=4, end=64)
+    out[name] = dict(posgen={"in distribution": within, "out of distribution": column})
+  return out
+
+
+POSGEN = dict(rope=0.5, resonance=0.4, yarn=0.6, resonance_yarn=0.7, yarn_after=0.3,
+              resonance_yarn_after=0.3)  # fmt: skip
+
+
+def test_the_verdict_on_posgen_follows_the_numbers():
+  text = claims.posgen_table1.report(_posgen_results(POSGEN), "mini")
+  said = [line for line in text.splitlines() if line.startswith("- ")]
+  assert len(said) == 12
+  (recursive,) = [x for x in said if x.startswith("- Recursive, disjoint, RoPE: Resonance loses")]
+  assert (
+    "-9.9 [" in recursive and "paper -2.65" in recursive and recursive.endswith(", as published")
+  )
+  (cot,) = [x for x in said if x.startswith("- CoT, disjoint, RoPE: Resonance loses")]
+  assert cot.endswith("NOT as published")
+  assert sum("YaRN: Resonance wins, +10.1" in x for x in said) == 4
+  assert sum("YaRN after: Resonance is not told apart" in x for x in said) == 4
+
+
+def test_the_figure_of_posgen_has_a_panel_for_each_task(tmp_path):
+  results = {n: r for n, r in _posgen_results(POSGEN).items() if "_cot_" not in n}
+  claims.posgen_table1.figure(results, "mini", str(tmp_path / "f.svg"))
+  text = (tmp_path / "f.svg").read_text()
+  assert "<!-- Semi-recursive, combinations data -->" in text
+  assert "<!-- Recursive, disjoint data -->" in text and "CoT" not in text
+
+
+def test_the_verdict_on_dimensions_is_of_disturbance_and_perplexity():
+  dims = claims.dprope_ablation.DIMS["mini"]
+
+  def report(ppl_of):
+    runs = {f"dprope_n{n}": {"16384": dict(ppl=ppl_of(n))} for n in dims}
+    text = claims.dprope_ablation.report({k: dict(perplexity=v) for k, v in runs.items()}, "mini")
+    disturbed = {int(n): float(d) for n, d in
+                 re.findall(r"n-hat = (\d+) +\| +\d+ \| +([\d.]+) \|", text)}  # fmt: skip
+    return text.splitlines()[-1], disturbed
+
+  _, disturbed = report(float)
+  assert set(disturbed) == set(dims) - {0} and len(set(disturbed.values())) > 3
+  least = min(disturbed.values())
+  verdict, _ = report(lambda n: disturbed.get(n, least))
+  assert "has the least perplexity" in verdict and "settings: +" in verdict
+  verdict, _ = report(lambda n: -disturbed.get(n, least))
+  assert "does not have the least perplexity" in verdict and "settings: -" in verdict
+
+
+def test_the_verdict_on_smollm2_is_of_pairs_and_none_on_one_seed():
+  found = dict(lora=10.0, matched=8.0, psc=9.0)
+  results = {}
+  for name in runner.runs("smollm2-16k", "mini"):
+    ppl = {str(n): dict(ppl=found.get(name.rpartition("_")[2], 20.0)) for n in (2048, 8192, 16384)}
+    passkey = {"8192": dict(accuracy=0.75, samples=4)}
+    results[name] = dict(prose=ppl, code=ppl, passkey=passkey)
+  text = claims.smollm2_16k.report(results, "mini")
+  assert text.count("PSC +10.00% below LoRA r=8 and -12.50% below LoRA r=34") == 4
+  assert "no verdict on PSC" in text and text.count("3/4") == 11
+
+
 def test_the_figure_of_the_ablation_has_what_there_is(tmp_path):
   part = dict(metric="ppl", ppl=9.0, stderr=0.1, by_position=[])
   run = dict(perplexity={"256": dict(part), "4096": dict(part)})

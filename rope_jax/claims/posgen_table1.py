@@ -17,7 +17,9 @@ paper: as the paper says, with the seeds of its code, for an accelerator.
 
 from __future__ import annotations
 
-from rope_jax import markdown, presets
+import numpy as np
+
+from rope_jax import figures, markdown, presets
 from rope_jax.claims.statistics import interval
 
 TASKS = {"recursive": "Recursive", "cot": "CoT", "semi_recursive": "Semi-recursive"}
@@ -74,6 +76,25 @@ def report(results: dict, preset: str) -> str:
   return "\n\n".join([*parts, f"Verdict, Resonance against the same without it:\n\n{lines}"])
 
 
+def figure(results: dict, preset: str, path: str) -> None:
+  """Accuracy by position, a panel for each task: means over seeds, bars from worst to best."""
+  drawn = {}
+  for task, mode in _settings():
+    for arm, title in ARMS.items():
+      runs = _found(results, preset, task, mode, arm).values()
+      columns = [run["out of distribution"]["by_position"] for run in runs]
+      if columns:
+        column = dict(metric="accuracy", by_position=[_over_seeds(p) for p in zip(*columns)])
+        drawn.setdefault(title, {})[f"{TASKS[task]}, {mode} data"] = column
+  figures.by_position(drawn, path, original_contexts=[64])
+
+
+def _over_seeds(parts: tuple[dict, ...]) -> dict:
+  values = [p["accuracy"] for p in parts]
+  place = dict(start=parts[0]["start"], end=parts[0]["end"])
+  return dict(place, accuracy=float(np.mean(values)), low=min(values), high=max(values))
+
+
 def _verdicts(results: dict, preset: str, task: str, mode: str) -> list[str]:
   lines = []
   for ours, theirs in PAIRS:
@@ -91,7 +112,7 @@ def _verdicts(results: dict, preset: str, task: str, mode: str) -> list[str]:
     )  # fmt: skip
     lines.append(
       f"{TASKS[task]}, {mode}, {ARMS[theirs]}: Resonance {said}, {gain.shown(1, True)} points "
-      f"(paper {theirs_gain:+.1f}){agrees}"
+      f"(paper {theirs_gain:+.2f}){agrees}"
     )
   return lines
 
