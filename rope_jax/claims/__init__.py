@@ -7,7 +7,7 @@ A claim is a module. Its docstring says what is claimed, where, and how it is tr
 
 and, where there is something to look at,
 
-  figure(results, preset, path)                a PNG or SVG
+  figure(results, preset, path) -> bool        a PNG or SVG; False if nothing is to be drawn
 
 `results` is {run: {evaluation: {column: ...}}}. Claims that need no run have none: {}.
 """

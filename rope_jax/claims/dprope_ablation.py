@@ -4,7 +4,8 @@ Published: Llama-2 13B at 8k, trained, mean of LongBench-E with n-hat = 56, 64, 
 128 channels: 30.71, 30.83, 30.87, 31.15, 31.06, 31.08. Performance falls with the disturbance.
 
 mini: SmolLM2-135M from 8,192 to 16,384 tokens, not trained: perplexity of one window of Python's
-manual at each n-hat of 64 channels, and with t = 0. One text and no seed: nothing is drawn.
+manual at each n-hat of 64 channels, among them the one that t = 0 gives; all 64 would be PI. One
+text and no seed: nothing is drawn at random.
 paper: Llama-2 13B at 8k, not trained, perplexity on PG-19; --init_from=DIR names its weights.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 from rope_jax import config, markdown, presets, resolve
 from rope_jax import rope as rope_lib
 
-DIMS = {"mini": (0, 16, 24, 32, 36, 40, 48, 64), "paper": (56, 64, 72, 80, 88, 96)}
+DIMS = {"mini": (16, 24, 32, 36, 40, 44, 52, 58, 0), "paper": (56, 64, 72, 80, 88, 96)}
 BASELINES = ("none", "pi", "yarn")
 PUBLISHED = {56: 30.71, 64: 30.83, 72: 30.87, 80: 31.15, 88: 31.06, 96: 31.08}
 
@@ -36,11 +37,13 @@ def report(results: dict, preset: str) -> str:
     r, base = resolve.rope(c), resolve.base(c)
     disturbed = 1e3 * float(np.mean(rope_lib.disturbance(r, base, c.rope.context)))
     changed = 2 * int((r.inv_freq < base.inv_freq * (1 - 1e-9)).sum())
-    label = which if isinstance(which, str) else f"dprope, n-hat = {which or 'by t = 0'}"
-    cells = [f"{run[str(n)]['ppl']:.3f}" if str(n) in run else "" for n in lengths]
+    label = which if isinstance(which, str) else f"dprope, n-hat = {_label(which)}"
+    columns = [run.get(str(n), {}) for n in lengths]
+    cells = [f"{x['ppl']:.3f} ± {x['stderr']:.3f}" if x else "" for x in columns]
     rows.append((label, str(changed), f"{disturbed:.2f}", *cells))
     if not isinstance(which, str) and lengths and str(lengths[-1]) in run:
-      pairs.append((disturbed, run[str(lengths[-1])]["ppl"], which))
+      column = run[str(lengths[-1])]
+      pairs.append((disturbed, column["ppl"], which, column["stderr"]))
   header = ("", "channels changed", "D x 1e-3", *(f"ppl at {n:,}" for n in lengths))
   published = markdown.table(
     ("published, n-hat", *map(str, PUBLISHED)),
@@ -49,20 +52,29 @@ def report(results: dict, preset: str) -> str:
   return f"{markdown.table(header, rows)}\n\n{published}\n\n{_verdict(pairs)}"
 
 
-def _verdict(pairs: list[tuple[float, float, int]]) -> str:
+def _verdict(pairs: list[tuple[float, float, int, float]]) -> str:
+  """Of (disturbance, perplexity, n-hat, standard error)."""
   if len(pairs) < 3:
     return "Verdict: too few runs."
   from scipy import stats
 
   by_disturbance, by_ppl = (min(pairs, key=lambda p: p[i]) for i in (0, 1))
   rank = stats.spearmanr([p[0] for p in pairs], [p[1] for p in pairs]).statistic
-  same = by_disturbance[2] == by_ppl[2]
+  if by_disturbance[2] == by_ppl[2]:
+    found = "has the least perplexity"
+  else:
+    more = by_disturbance[1] - by_ppl[1]
+    found = f"does not have the least perplexity: n-hat = {_label(by_ppl[2])} has {more:.3f} less"
+    found += " (within its standard error)" if more < by_ppl[3] else ""
   return (
-    f"Verdict: the least disturbance, n-hat = {by_disturbance[2] or 'by t = 0'}, "
-    f"{'has' if same else 'does not have'} the least perplexity"
-    f"{'' if same else f' (that is n-hat = {by_ppl[2]})'}; rank correlation of disturbance and "
-    f"perplexity over {len(pairs)} settings: {rank:+.2f}."
+    f"Verdict: the least disturbance, n-hat = {_label(by_disturbance[2])}, {found}; rank "
+    f"correlation of disturbance and perplexity over {len(pairs)} settings: {rank:+.2f}. "
+    "Standard errors are over the tokens of one window, which all settings share."
   )
+
+
+def _label(dims: int) -> str:
+  return str(dims) if dims else "that of t = 0"
 
 
 def _name(which: int | str) -> str:

@@ -10,32 +10,18 @@ from __future__ import annotations
 import os
 import re
 
-from rope_jax import reading
-from rope_jax.claims import CLAIMS, runner
+from rope_jax.claims import CLAIMS, record
 
 _SECTION = re.compile(r"(<!-- ([\w-]+): ([\w./-]*) -->\n).*?(<!-- end of \2 -->)", re.S)
-
-
-def read(path: str, flag: str = "record") -> dict:
-  """A record of `runner.write_record`, named by a flag.
-
-  Raises:
-    ValueError: if it is none, naming the file.
-  """
-  try:
-    value = reading.read_object(path)
-  except ValueError as error:
-    raise ValueError(f"--{flag}: {error}") from error
-  if value.get("claim") not in CLAIMS or not isinstance(value.get("runs"), dict):
-    raise ValueError(f"--{flag}={path}: no record of a claim, as launch/reproduce.py writes them")
-  return value
+_START = re.compile(r"^<!-- ([\w-]+): [\w./-]* -->$", re.M)
+_END = re.compile(r"^<!-- end of ([\w-]+) -->$", re.M)
 
 
 def rendered(path: str) -> str:
   """The text of a page with its tables made anew.
 
   Raises:
-    ValueError: if the page has a section of a claim or record that there is not.
+    ValueError: if there is no page, or a section of it has no end, no such claim or no such record.
   """
 
   def section(match):
@@ -43,13 +29,20 @@ def rendered(path: str) -> str:
     if claim not in CLAIMS:
       raise ValueError(f"--page={path}: a section of {claim!r}, which is no claim")
     if name:
-      value = read(os.path.join(os.path.dirname(path), name))
+      value = record.read(os.path.join(os.path.dirname(path), name))
     else:  # a claim that needs no runs
       value = dict(claim=claim, preset="mini", of=0, runs={})
-    return f"{start}\n{runner.report(value)}\n\n{end}"
+    return f"{start}\n{record.report(value)}\n\n{end}"
 
-  with open(path, encoding="utf-8") as f:
-    return _SECTION.sub(section, f.read())
+  try:
+    with open(path, encoding="utf-8") as f:
+      text = f.read()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f"--page={path}: {error}") from error
+  sections = [match[2] for match in _SECTION.finditer(text)]
+  if sections != _START.findall(text) or sections != _END.findall(text):
+    raise ValueError(f"--page={path}: a section without its end, or an end without its section")
+  return _SECTION.sub(section, text)
 
 
 def write(path: str) -> None:

@@ -76,7 +76,7 @@ def report(results: dict, preset: str) -> str:
   return "\n\n".join([*parts, f"Verdict, Resonance against the same without it:\n\n{lines}"])
 
 
-def figure(results: dict, preset: str, path: str) -> None:
+def figure(results: dict, preset: str, path: str) -> bool:
   """Accuracy by position, a panel for each task: means over seeds, bars from worst to best."""
   drawn = {}
   for task, mode in _settings():
@@ -86,7 +86,9 @@ def figure(results: dict, preset: str, path: str) -> None:
       if columns:
         column = dict(metric="accuracy", by_position=[_over_seeds(p) for p in zip(*columns)])
         drawn.setdefault(title, {})[f"{TASKS[task]}, {mode} data"] = column
-  figures.by_position(drawn, path, original_contexts=[64])
+  if drawn:
+    figures.by_position(drawn, path, original_contexts=[64])
+  return bool(drawn)
 
 
 def _over_seeds(parts: tuple[dict, ...]) -> dict:
@@ -106,7 +108,7 @@ def _verdicts(results: dict, preset: str, task: str, mode: str) -> list[str]:
     gain = interval([100 * (a[s][column]["accuracy"] - b[s][column]["accuracy"]) for s in seeds])
     paper = PUBLISHED[task]
     theirs_gain = paper[ours.removesuffix("_after")] - paper[theirs.removesuffix("_after")]
-    said = {1: "wins", -1: "loses", 0: "is not told apart"}[gain.sign]
+    said = gain.says("wins", "loses")
     agrees = "" if not gain.sign else (
       ", as published" if gain.sign * theirs_gain > 0 else ", NOT as published"
     )  # fmt: skip

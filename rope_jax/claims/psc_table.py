@@ -12,7 +12,8 @@ the initial scale 1/sqrt(d) in place of the released 1/d.
 
 mini: the small Llama (1.0M parameters, window 256, bytes), x4, x8 and x16, three seeds of base and
 adapters, 60 steps of 4,096 tokens from 2e-3 down to 0; perplexity of 16 held-out samples,
-protocol 'truncate'.
+protocol 'truncate'. LongRoPE's search has 16 individuals and 6 generations (the paper: 64
+and 40) and 2 samples.
 paper: Llama-2 7B at 16k, 32k, 64k by the released recipe, on TPU, --init_from=DIR.
 """
 
@@ -22,7 +23,7 @@ import math
 
 from rope_jax import markdown, presets
 from rope_jax.claims import small
-from rope_jax.claims.statistics import interval, reduction, slope
+from rope_jax.claims.statistics import Interval, interval, reduction, slope
 
 FACTORS, METHODS = (4, 8, 16), ("pi", "yarn", "longrope")
 ARMS = {"lora": "LoRA r=8", "matched": "LoRA, matched", "psc": "LoRA + PSC"}
@@ -79,6 +80,7 @@ def report(results: dict, preset: str) -> str:
     [
       "Perplexity, mean over seeds:",
       markdown.table(header, rows),
+      _by_method(results, below, window),
       _growth(below),
       _variants(results, window[MIDDLE]),
       _verdict(below),
@@ -86,10 +88,28 @@ def report(results: dict, preset: str) -> str:
   )
 
 
-def _below(results: dict, factor: int, method: str, arm: str, n: int) -> dict[int, float]:
-  """By how many per cent PSC is below an arm, by seed."""
-  psc, other = (_values(results, factor, method, a, n) for a in ("psc", arm))
+def _below(
+  results: dict, factor: int, method: str, arm: str, n: int, ours: str = "psc"
+) -> dict[int, float]:
+  """By how many per cent PSC, or another arm, is below an arm, by seed."""
+  psc, other = (_values(results, factor, method, a, n) for a in (ours, arm))
   return {s: 100 * (1 - psc[s] / other[s]) for s in sorted(set(psc) & set(other))}
+
+
+def _by_method(results: dict, below: dict, window: dict[int, int]) -> str:
+  rows = []
+  for method in METHODS:
+    rank = [_below(results, f, method, "lora", window[f], "matched") for f in FACTORS]
+    cells = [_over([below[method, f, arm] for f in FACTORS]) for arm in CONTROLS] + [_over(rank)]
+    rows.append((method, *(x.shown(2, True) if x else "" for x in cells)))
+  header = ("", *(f"PSC below {ARMS[a]}" for a in CONTROLS), "LoRA, matched, below LoRA r=8")
+  return "At the window, in the mean of the three windows, %:\n\n" + markdown.table(header, rows)
+
+
+def _over(cases: list[dict[int, float]]) -> Interval | None:
+  """The mean of cases, by seed; None if one of them has no run."""
+  seeds = sorted(set.intersection(*map(set, cases)))
+  return interval([sum(x[s] for x in cases) / len(cases) for s in seeds]) if seeds else None
 
 
 def _growth(below: dict) -> str:
@@ -129,13 +149,12 @@ def _verdict(below: dict) -> str:
     if not cases:
       continue
     each = [interval(list(x.values())) for x in cases]
-    seeds = sorted(set.intersection(*map(set, cases)))
-    whole = interval([sum(x[s] for x in cases) / len(cases) for s in seeds]) if seeds else None
+    whole = _over(cases)
     parts.append(
       f"PSC is below {title} in {sum(x.mean > 0 for x in each)} of {len(each)} cases, beyond the "
       f"95% interval in {sum(x.sign > 0 for x in each)}, above it beyond the interval in "
       f"{sum(x.sign < 0 for x in each)}"
-      + (f"; by {whole.shown(2, True)}% in the mean of all cases" if whole else "")
+      + (f"; {whole.below()} it in the mean of all cases" if whole else "")
     )
   return "Verdict: " + ". ".join(parts or ["too few runs"]) + "."
 

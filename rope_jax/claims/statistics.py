@@ -26,6 +26,17 @@ class Interval:
     """1 or -1 where the interval is on one side of zero; 0 where it holds it, or is none."""
     return int(self.low > 0) - int(self.high < 0)
 
+  def says(self, yes: str, no: str) -> str:
+    """One of two things, by the sign, or why neither."""
+    unknown = "is not told apart" if self.seeds > 1 else "is of one seed, so not known"
+    return {1: yes, -1: no, 0: unknown}[self.sign]
+
+  def below(self) -> str:
+    """Of a reduction: 'x% below' with the interval, or 'x% above' where it is an increase."""
+    if self.mean >= 0:
+      return f"{self.shown()}% below"
+    return f"{Interval(-self.mean, -self.high, -self.low, self.seeds).shown()}% above"
+
   def shown(self, digits: int = 2, signed: bool = False) -> str:
     """'mean [low, high]', or the mean alone."""
     plus = "+" if signed else ""

@@ -81,15 +81,25 @@ def check_init(c, workdir: str) -> None:
   if locate(path)[0] != "run":
     load.check(c)
     return
-  # What shapes do not tell: settings under which the weights of that run have a meaning.
-  source = config_lib.read(path)
+  check_source(c, config_lib.read(path))
+
+
+def check_source(c, source) -> None:
+  """Compares a config with that of the run it starts from.
+
+  What shapes do not tell: settings under which the weights of that run have a meaning.
+
+  Raises:
+    ValueError: naming the key that differs.
+  """
   keys = ["rope.partial_rotary_factor", "model.norm_eps"]
   keys += ["rope.theta"] if c.rope.base == "plain" else []
   scaled = source.rope.scaling != "none" and source.train.rope == "scaled"
-  scaled = scaled or source.rope.resonance or source.rope.base != "plain"
-  if scaled and c.rope.base == "plain":
+  scaled = scaled or source.rope.base != "plain"
+  if (scaled or source.rope.resonance) and c.rope.base == "plain":
     # It was trained with that rope: another method would start from the plain base again.
-    keys += ["rope.base", "rope.scaling", "rope.resonance", "rope.original_context"]
+    keys += ["rope.base", "rope.resonance", "rope.original_context"]
+    keys += ["rope.scaling"] if scaled else []  # Resonance comes over any method, also a later one
   if source.lora.rank or source.rope.phase != "none":
     keys += ["lora.rank", "lora.alpha", "rope.phase"]
   learned = [
