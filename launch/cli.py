@@ -7,10 +7,12 @@
 75 preempted: the same command goes on (rope_jax/train/preemption.py)
 """
 
+import ast
 import contextlib
 import errno
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -244,10 +246,38 @@ def parse(argv):
     fail(error)
   except (AttributeError, IndexError, KeyError, MemoryError, OSError, OverflowError, RecursionError,
           SyntaxError, TypeError, ValueError) as error:  # fmt: skip
-    # ml_collections raises these for a key that is not there, a value of another type, or one that
-    # Python cannot read; it does not say where in the config the key was looked for.
-    given = [a for a in argv[1:] if a.partition("=")[0].rpartition(".")[2] in str(error)]
-    fail(f"{given[0]}: {error}" if given else error)
+    fail(_of_overrides(argv, error))
+
+
+def _of_overrides(argv: list[str], error: Exception) -> str:
+  """What is wrong with a key or a value of the config that was given on the command line.
+
+  ml_collections raises errors of many types for a key that is not there, a value of another type,
+  or one that Python cannot read; they do not say where in the config the key was looked for.
+  """
+  said = str(error.args[0]) if error.args else str(error)
+  with contextlib.suppress(SyntaxError, ValueError):
+    said = str(ast.literal_eval(said))  # an error in an error comes quoted
+  said = re.sub(r"\s*\n\s*", ": ", said)
+  keys = {arg: re.match(r"--?config\.([\w.]+)", arg) for arg in argv[1:]}
+  given = {arg: key[1].split(".") for arg, key in keys.items() if key}
+  if isinstance(error, KeyError) and (names := _names_of_runs()):
+    for arg, key in given.items():
+      if key[0] not in ("runs", "order") or (key[0] == "runs" and key[1:2] and key[1] not in names):
+        known = ", ".join(names)
+        return f"{arg}: the config is a comparison: --config.runs.NAME.KEY, NAME one of {known}"
+  named = [arg for arg, key in given.items() if key[-1] in said]
+  return f"{named[0]}: {said}" if named else said
+
+
+def _names_of_runs() -> list[str]:
+  """The runs of the comparison that --config names; none if it is no comparison."""
+  file, arguments = _config_argument()
+  spec = importlib.util.spec_from_file_location("config", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  c = module.get_config(*[arguments] * bool(arguments))
+  return list(c.get("runs", ()))
 
 
 def fail(error, code: int = 2) -> None:

@@ -148,7 +148,14 @@ def _table(name: str, results: dict[str, dict]) -> str:
     longest = reaches.get(label)
     cells.append([label or "-", *(cell(by_column.get(c)) for c in columns)])
     cells[-1] += ["" if longest is None else f"{longest:,}" if longest else "-"] * reached
-  return _grid(cells)
+  return "\n".join([_grid(cells), *mixed(results)])
+
+
+def mixed(results: dict[str, dict]) -> list[str]:
+  """A warning where runs of {run: {column: ...}} have read different texts; else nothing."""
+  columns = ", ".join(map(_column, results_lib.mixed(results)))
+  why = "samples are as long as the longest length asked for"
+  return [f"Not of one text in all runs, so not comparable: {columns} ({why})."] * bool(columns)
 
 
 def _column(name: str) -> str:

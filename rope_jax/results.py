@@ -15,6 +15,7 @@ from rope_jax import reading
 from rope_jax.weights import RUN_FILE
 
 RESULTS_FILE = "results.json"
+ROPE_FILE = "results_rope.json"  # the rope under which they are
 # Red, yellow, green (sRGB), worst to best: pale enough for dark numbers on them.
 COLOURS = ((238, 128, 114), (253, 226, 147), (126, 200, 122))
 
@@ -56,15 +57,16 @@ def is_comparison(results: dict) -> bool:
 
 
 def facts(directory: str) -> dict:
-  """What a workdir says of its run: {"rope": rope.json, "run": run.json, "step": ...}.
+  """What a workdir says of its run: {"rope": ..., "run": run.json, "step": ...}.
 
-  What is not there is left out; `step` is that of the newest checkpoint.
+  What is not there is left out; the rope is that of the results, `step` is the newest checkpoint's.
 
   Raises:
     ValueError: naming the file that is damaged.
   """
   out = {}
-  for key, name in (("rope", "rope.json"), ("run", RUN_FILE)):
+  of_results = os.path.lexists(os.path.join(directory, ROPE_FILE))
+  for key, name in (("rope", ROPE_FILE if of_results else "rope.json"), ("run", RUN_FILE)):
     if os.path.lexists(path := os.path.join(directory, name)):
       out[key] = reading.read_object(path)
       if not (_is_rope if key == "rope" else _is_run)(out[key]):
@@ -94,6 +96,12 @@ def columns(by_run: dict[str, dict]) -> list[str]:
 def lengths(by_run: dict[str, dict]) -> list[str]:
   """Those of the columns that are lengths in tokens, by size."""
   return sorted((c for c in columns(by_run) if c.isdigit()), key=int)
+
+
+def mixed(by_run: dict[str, dict]) -> list[str]:
+  """The columns in which runs have read different texts, where results say what was read."""
+  found = {c: {r[c].get("text") for r in by_run.values() if c in r} for c in columns(by_run)}
+  return [c for c, texts in found.items() if len(texts - {None}) > 1]
 
 
 def tasks(by_run: dict[str, dict]) -> dict[str, dict]:

@@ -201,6 +201,12 @@ def test_imports_go_the_way_of_the_arrows():
           assert other == package or place[other] < place[package], (str(path), other)
 
 
+def test_the_readme_counts_the_methods():
+  text, methods = (ROOT / "README.md").read_text(), len(rope.SCALINGS) - 1  # without "none"
+  assert f"or one of {methods - 1} others" in text
+  assert f"| RoPE scalings | {methods}, and Resonance over any |" in text
+
+
 def test_every_config_line_sets_a_key():
   lines = re.findall(r"`((?:rope|data)\.[\w.]+)=([^`]+)`", METHODS)
   assert len(lines) > 25

@@ -60,6 +60,14 @@ _BY_FACTOR = ("pi", "ntk", "ntk_critical", "ntk_mixed", "ntk_by_parts", "ntk_by_
 IDENTITY = (*_BY_FACTOR, "llama3", "dprope", "dynamic_ntk", "longrope", "dynamic_longrope")
 
 
+def test_every_method_with_options_is_drawn_and_refused():
+  c = config.base()
+  with_options = {name for name in rope.SCALINGS if name in c.rope}
+  assert set(OPTIONS) == set(REFUSED) == with_options, (
+    "a row in OPTIONS and one in REFUSED for each"
+  )
+
+
 @st.composite
 def configs(draw, methods=tuple(rope.SCALINGS), options=OPTIONS):
   c = config.base()

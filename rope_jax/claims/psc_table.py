@@ -78,7 +78,8 @@ def report(results: dict, preset: str) -> str:
   header = ("", *(f"{n:,}" for n in lengths), "PSC below it at the window, %")
   return "\n\n".join(
     [
-      "Perplexity, mean over seeds:",
+      "Perplexity, mean over seeds. Each factor is tested on documents that are as long as its "
+      "window: rows of one factor compare, and those of different factors do not.",
       markdown.table(header, rows),
       _by_method(results, below, window),
       _growth(below),

@@ -1,7 +1,8 @@
 """The record of a claim: what its runs were, and what came out; and the tables made of it.
 
-A run that has ended leaves WORKDIR/NAME/done.json, with the digest of its settings and what it was
-run by: what is there without it, or with another digest, is no part of a record.
+A run that has ended leaves WORKDIR/NAME/done.json: the digest of its settings, what it was run by,
+and its results, which a later evaluation does not change. What is there without it, or with another
+digest, is no part of a record.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from ml_collections import ConfigDict
 import rope_jax
 from rope_jax import config as config_lib
 from rope_jax import presets, reading
-from rope_jax import results as results_lib
 from rope_jax.claims import CLAIMS, PRESETS
 from rope_jax.weights import RUN_FILE
 
@@ -26,43 +26,48 @@ DONE = "done.json"
 _RUN = {"config", "seed", "trained_parameters", "results"}
 
 
-def mark(name: str, found: dict[str, ConfigDict], workdir: str) -> None:
-  """Says in WORKDIR/NAME that the run has ended."""
-  value = dict(config=digest(name, found), versions=_versions())
-  config_lib.write_json(os.path.join(workdir, name, DONE), value)
+def mark(name: str, found: dict[str, ConfigDict], workdir: str, results: dict) -> None:
+  """Says in WORKDIR/NAME that the run has ended, with the results {evaluation: {column: ...}}."""
+  directory = os.path.join(workdir, name)
+  facts = reading.read_object(os.path.join(directory, RUN_FILE))
+  run = dict(
+    config=digest(name, found),
+    seed=found[name].seed,
+    trained_parameters=facts.get("trained_parameters", 0),
+    results=_rounded(results),
+  )
+  config_lib.write_json(os.path.join(directory, DONE), dict(run=run, versions=_versions()))
 
 
 def finished(name: str, found: dict[str, ConfigDict], workdir: str) -> bool:
-  """Whether a run of these very settings has ended in WORKDIR/NAME.
+  """Whether a run of these very settings has ended in WORKDIR/NAME; as for `ended`."""
+  return ended(name, found, workdir) is not None
+
+
+def ended(name: str, found: dict[str, ConfigDict], workdir: str) -> dict | None:
+  """A run of these very settings as it is in a record; None if none has ended in WORKDIR/NAME.
 
   Raises:
-    ValueError: if other versions of Python, jax or this package have run it.
+    ValueError: if other versions of Python, jax or this package have run it, or it is damaged.
   """
   path = os.path.join(workdir, name, DONE)
   if not os.path.exists(path):
-    return False
+    return None
   done = reading.read_object(path)
-  if done.get("config") != digest(name, found):
-    return False
+  if not isinstance(done.get("run"), dict) or not set(done["run"]) >= _RUN:
+    raise ValueError(f"--workdir: {path} is damaged: delete it, and the run is looked at again")
+  if done["run"]["config"] != digest(name, found):
+    return None
   if done.get("versions") != _versions():
     there, by = os.path.join(workdir, name), _named(done.get("versions", {}))
     raise ValueError(f"--workdir: {there} was run by {by}, and this is {_named(_versions())}")
-  return True
+  return done["run"]
 
 
 def collect(claim: str, preset: str, found: dict[str, ConfigDict], workdir: str) -> dict:
   """What there is of a claim: results of the finished runs, and of what they are."""
-  done = {}
-  for name, c in found.items():
-    if finished(name, found, workdir):
-      directory = os.path.join(workdir, name)
-      facts = reading.read_object(os.path.join(directory, RUN_FILE))
-      done[name] = dict(
-        config=digest(name, found),
-        seed=c.seed,
-        trained_parameters=facts.get("trained_parameters", 0),
-        results=_rounded(_results(directory)),
-      )
+  done = {name: ended(name, found, workdir) for name in found}
+  done = {name: run for name, run in done.items() if run}
   return dict(claim=claim, preset=preset, of=len(found), versions=_versions(), runs=done)
 
 
@@ -158,11 +163,6 @@ def searched_by(c: ConfigDict) -> str:
 def _evaluated(value: dict) -> dict:
   """{run: results} of a record, without runs that others only start from."""
   return {name: run["results"] for name, run in value["runs"].items() if run["results"]}
-
-
-def _results(directory: str) -> dict:
-  path = os.path.join(directory, results_lib.RESULTS_FILE)
-  return reading.read_object(path) if os.path.exists(path) else {}
 
 
 def _versions() -> dict[str, str]:

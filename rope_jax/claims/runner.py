@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import os
 import time
@@ -11,7 +10,6 @@ from collections.abc import Container, Sequence
 from ml_collections import ConfigDict
 
 from rope_jax import config as config_lib
-from rope_jax import results as results_lib
 from rope_jax import validate
 from rope_jax.claims import CLAIMS, PRESETS, record
 from rope_jax.errors import choice
@@ -101,13 +99,10 @@ def execute(name: str, found: dict[str, ConfigDict], workdir: str) -> None:
   if c.search.method:
     search_lib.search(c, directory)
   c = _with_factors(name, c, workdir)
+  results = loop.train(c, directory)
   if multihost.is_main():
-    _forget(directory, c)
-  multihost.wait("claims: before")
-  loop.train(c, directory)
-  if multihost.is_main():
-    record.mark(name, found, workdir)
-  multihost.wait("claims: after")
+    record.mark(name, found, workdir, results)
+  multihost.wait("a run of a claim")
 
 
 def plan(
@@ -182,19 +177,6 @@ def _current(
   for other in records:
     value = record.join(value, other, found)
   return value
-
-
-def _forget(directory: str, c: ConfigDict) -> None:
-  """Takes away what an earlier run of other settings has left, which is not of this one.
-
-  Evaluations may change under a trained model; a kill before they end must leave no old values.
-  """
-  done = [record.DONE]
-  if config_lib.holds_run(directory) and config_lib.read(directory).to_dict() != c.to_dict():
-    done.append(results_lib.RESULTS_FILE)
-  for file in done:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(os.path.join(directory, file))
 
 
 def _same(some: dict[str, ConfigDict], others: dict[str, ConfigDict]) -> bool:

@@ -6,6 +6,7 @@ in tokens, and besides the value there may be
   "stderr", or "low" and "high" (95%)    how sure it is
   "samples"                              how many it is from
   "threshold"                            the value that counts as holding at this length
+  "text"                                 digest of what was read: of another, another value
   "tasks": {task: {as a column}}         of which the value is the mean
   "by_position": [{"start", "end", ...}] the same for parts of the sequence, in tokens
   "show": "by_position"                  that these parts are a table of their own on the screen

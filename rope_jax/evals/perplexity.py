@@ -7,13 +7,16 @@
 'truncate'     YaRN's Proof-pile numbers: one window from the start of each sample, no sliding.
 
 Samples are pieces of documents: the first piece of each, and only if they are too few the second
-pieces, and so on; with num_samples up to the number of documents it is one sample a document.
+pieces, and so on; with num_samples up to the number of documents it is one sample a document. A
+piece has as many tokens as the longest of the lengths: with other lengths, other documents are long
+enough, and the value of a length that both have is of another text. "text" in the result tells.
 
 Every window has exactly L tokens, BOS included where the tokenizer adds one itself.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 
@@ -33,9 +36,9 @@ def evaluate(entry, subject) -> dict:
 
   Returns:
     {"8192": {"metric": "ppl", "ppl", "stderr", "nll", "tokens", "windows", "protocol",
-    "by_position": [{"start", "end", "ppl", "stderr", "nll", "tokens"}, ...]}, ...}. `stderr` is the
-    standard error of `ppl` over tokens as if independent (they are not quite: read it as a lower
-    bound). `by_position` is by the place of the token in its window, in equal parts.
+    "text", "by_position": [{"start", "end", "ppl", "stderr", "nll", "tokens"}, ...]}, ...}.
+    `stderr` is the standard error of `ppl` over tokens as if independent (they are not quite: read
+    it as a lower bound). `by_position` is by the place of the token in its window, in equal parts.
 
   Raises:
     ValueError: if the text is too short for the samples asked for.
@@ -131,11 +134,15 @@ def _at_length(entry, subject, samples, length: int) -> dict:
     dict(start=a, end=b, **_summary(*s)) for a, b, s in zip(edges, edges[1:], sums) if s[0]
   ]
   total = sums.sum(0)
+  read = hashlib.sha256()
+  for tokens, first in rows:
+    read.update(tokens[max(first - 1, 0) :].tobytes())
   return dict(
     metric="ppl",
     **_summary(*total),
     windows=len(rows),
     protocol=entry.protocol,
+    text=read.hexdigest()[:8],
     by_position=by_position,
   )
 

@@ -51,10 +51,10 @@ def _notes(by_run: dict[str, dict]) -> str:
   notes += ["[95% interval]"] * any("low" in r for _, r in cells)
   thresholds = {r["threshold"] for _, r in cells if "threshold" in r}
   notes += [f"holds at {t:g} or more" for t in sorted(thresholds)]
-  warnings = []
+  warnings = report.mixed(by_run)
   for key in dict.fromkeys(k for _, r in cells for k, v in r.items() if isinstance(v, str)):
     of_run = {run: r[key] for run, r in cells if key in r}
-    if key == "metric":
+    if key in ("metric", "text"):
       continue
     if len(set(of_run.values())) == 1:
       notes.append(f"{key}: {next(iter(of_run.values()))}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from rope_jax import config as config_lib
 from rope_jax import evals, report, resolve
+from rope_jax import results as results_lib
 from rope_jax.data import batches as batches_lib
 from rope_jax.data import corpus, posgen, tokenizer, tokens
 from rope_jax.data.arrange import Arrange
@@ -403,7 +404,9 @@ def _evaluate(c, workdir, which, variables, subject_of, *, keep: bool) -> dict:
     for name in c.evals:
       results[name] = evals.run(name, subject)
       if multihost.is_main():
-        config_lib.write_json(os.path.join(workdir, "results.json"), results)
+        # Under which rope they are: of a trained run another one may be evaluated.
+        config_lib.write_json(os.path.join(workdir, results_lib.ROPE_FILE), resolve.describe(c))
+        config_lib.write_json(os.path.join(workdir, results_lib.RESULTS_FILE), results)
         print(report.brief(name, results[name]), flush=True)
   return results
 
