@@ -5,7 +5,8 @@
 
 Where the workdir holds no run, the model of config.init_from is evaluated as it is, under the rope
 of the config. Which evaluations: config.evals, docs/evaluation.md. Prints tables; WORKDIR gets
-results.json and figures. Exit codes: docs/reliability.md.
+results.json and figures, in place of those of an earlier evaluation or of training (whose command
+makes those again). Exit codes: docs/reliability.md.
 """
 
 import cli

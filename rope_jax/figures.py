@@ -170,7 +170,7 @@ def _finish(figure: Figure, original_contexts: Iterable[int], path: str | None) 
   contexts = sorted(set(original_contexts))
   for axes in figure.axes:
     for i, context in enumerate(contexts):
-      label = dict(label="trained window") if i == 0 else {}
+      label = dict(label="original window") if i == 0 else {}
       axes.axvline(context, color="gray", linestyle="--", linewidth=1, **label)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)

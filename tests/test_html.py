@@ -327,7 +327,7 @@ def test_figures_say_runs_axes_and_depths(tmp_path):
   figures.by_length(by_run["perplexity"], f"{tmp_path}/l.svg", original_contexts=[128])
   figures.heatmap(by_run["passkey"], f"{tmp_path}/d.svg")
   drawn = (tmp_path / "l.svg").read_text()
-  for text in ("zero", "one", "a tuned", "trained window", "By position, window of 1,024 tokens"):
+  for text in ("zero", "one", "a tuned", "original window", "By position, window of 1,024 tokens"):
     assert f"<!-- {text} -->" in drawn
   cells = (tmp_path / "d.svg").read_text()
   order = [cells.index(f"<!-- {d}% -->") for d in (0, 25, 50, 75, 100)]

@@ -62,7 +62,7 @@ def test_values_by_position_are_drawn_without_those_by_length():
   assert values == [[1.0, 0.5], [0.9, 0.2]]
   assert axes.containers[0].lines[0].get_xdata().tolist() == [4.5, 5.5]
   labels = [text.get_text() for text in axes.get_legend().get_texts()]
-  assert sorted(labels) == ["one", "trained window", "two"]
+  assert sorted(labels) == ["one", "original window", "two"]
   by_length = dict(run={"128": dict(metric="ppl", ppl=9.0, by_position=[
     dict(start=0, end=64, ppl=8.0), dict(start=64, end=128, ppl=10.0)])})  # fmt: skip
   assert len(figures.by_length(by_length).axes) == 2

@@ -74,7 +74,7 @@ def chart(
     *(f'<path class="grid" d="M{x(v):.1f} {TOP}V{HEIGHT - BOTTOM}"/>'
       f'<text class="middle" x="{x(v):.1f}" y="{HEIGHT - BOTTOM + 17}">{_number(v)}</text>'
       for v in _apart(x)),
-    *(f'<path class="context" d="M{x(v):.1f} {TOP}V{HEIGHT - BOTTOM}"><title>trained window, '
+    *(f'<path class="context" d="M{x(v):.1f} {TOP}V{HEIGHT - BOTTOM}"><title>original window, '
       f'{v:,} tokens</title></path>' for v in lines or [] if v in xs),
     f'<text class="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}">'
     f"{escape(x_label)}</text>",
