@@ -7,7 +7,8 @@
 #                          queues a request for a slice: on demand, unless --spot or -- --reserved
 #   status NAME            the state of the request and, once there is a slice, of the run
 #   sync NAME              copies the files that git tracks, as they are now; installs .[tpu]
-#   run NAME -- ARGS       starts launch/train.py ARGS in the background on all workers
+#   run NAME [--script=train] -- ARGS    starts launch/train.py ARGS, or another script of launch/
+#                          (eval, search, reproduce), in the background on all workers
 #   logs NAME [--worker=N] [--follow]    the end of ~/rope_jax/run.log on all workers, or on one
 #   stop NAME [--wait=60]  SIGTERM to the run; SIGKILL if it is still there after so many seconds
 #   delete NAME [--yes]    deletes the slice and the request, with everything on its disks
@@ -71,7 +72,7 @@ start='cd ~/rope_jax || exit 1
 exec 9>>run.lock
 flock -n 9 || { echo "$(hostname): a run is going" >&2; exit 1; }
 echo "== $(date -u)" >>run.log
-setsid .venv/bin/python -u launch/train.py "$@" </dev/null >>run.log 2>&1 &
+setsid .venv/bin/python -u "launch/$1.py" "${@:2}" </dev/null >>run.log 2>&1 &
 echo $! >run.pid
 echo "$(hostname): started"'
 
@@ -126,14 +127,16 @@ run() {
     previous=$word
   done
   case "$workdir" in
-    "") fail "run needs -- --config=FILE --workdir=DIR, with a directory that all workers see" ;;
+    "") fail "run needs -- --workdir=DIR, a directory that all workers see, e.g. with --config" ;;
     gs://*) fail "--workdir=$workdir: mount the bucket on all workers and give the mount's path" ;;
     /*) ;;
     *) fail "--workdir=$workdir: must be an absolute path, the same mount on all workers" ;;
   esac
+  [[ $script =~ ^(train|eval|search|reproduce)$ ]] ||
+    fail "--script=$script: one of train, eval, search, reproduce"
   # All are asked before the first one starts: a run on some of the workers waits for the others.
   on_workers all "$check_idle"$'\n'"$check_installed"
-  on_workers all "$start" "$@" ||
+  on_workers all "$start" "$script" "$@" ||
     fail "not all workers started it, and those that did wait: launch/tpu_pod.sh stop $name" 1
 }
 
@@ -154,7 +157,7 @@ delete() {
   execute "${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
-dry_run="" name="" type="" version="" spot="" worker=all follow="" wait=60 yes=""
+dry_run="" name="" type="" version="" spot="" worker=all follow="" wait=60 yes="" script=train
 zone=${ROPE_JAX_ZONE:-} project=${ROPE_JAX_PROJECT:-}
 if [[ ${1:-} == --dry-run ]]; then dry_run=yes && shift; fi
 case "${1:-}" in
@@ -174,10 +177,11 @@ while (($#)) && [[ $1 != -- ]]; do
     "create --spot") spot=yes ;;
     "logs --worker="*) worker=${1#*=} ;;
     "logs --follow") follow=yes ;;
+    "run --script="*) script=${1#*=} ;;
     "stop --wait="*) wait=${1#*=} ;;
     "delete --yes") yes=yes ;;
     *" --worker"*) fail "$1: $command is for all workers: JAX hangs unless all of them run it" ;;
-    *" -"*) fail "$1: not an option of $command; what is for train.py goes after --" ;;
+    *" -"*) fail "$1: not an option of $command; what is for the script goes after --" ;;
     *) name+=${name:+ }$1 ;;
   esac
   shift

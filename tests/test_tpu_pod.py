@@ -218,6 +218,8 @@ def test_a_dry_run_needs_no_gcloud_and_a_run_says_where_to_get_it(pod, name):
     ("run pod -- --workdir=/a --workdir=gs://b", "mount the bucket on all workers"),
     ("run pod -- --workdir=runs/a", "--workdir=runs/a: must be an absolute path"),
     ("run pod --workdir=/a", "goes after --"),
+    ("run pod --script=bench -- --workdir=/a", "--script=bench: one of train, eval, search"),
+    ("sync pod --script=eval", "--script=eval: not an option of sync"),
     ("stop pod -- now", "stop takes nothing after --"),
     ("stop pod --wait=soon", "--wait=soon: must be a number"),
     ("stop pod --wait", "--wait: not an option of stop"),
@@ -361,6 +363,16 @@ def test_the_printed_command_carries_arguments_to_the_workers(synced):
   assert [given for given, _ in synced.started()] == [args, args]
 
 
+def test_another_script_is_started_with_the_same_arguments(synced):
+  for home in synced.homes:  # the scripts of this tree all do the same
+    launch = home / "rope_jax" / "launch"
+    (launch / "eval.py").write_bytes((launch / "train.py").read_bytes())
+    (launch / "train.py").unlink()
+  args = ["--config=configs/a.py", "--workdir=/mnt/my bucket"]
+  synced.ok("run", "pod", "--script=eval", "--", *args)
+  assert [given for given, _ in synced.started()] == [args, args]
+
+
 def test_a_second_run_is_refused_while_there_is_one_anywhere(synced):
   synced.ok("run", "pod", *ARGS)
   synced.started()
@@ -382,7 +394,7 @@ def test_a_second_run_is_refused_while_there_is_one_anywhere(synced):
 
 
 def test_a_start_that_failed_on_a_worker_says_what_to_do(synced):
-  code, _, err = synced("run", "pod", *ARGS, FAKE_FAILS="train.py")
+  code, _, err = synced("run", "pod", *ARGS, FAKE_FAILS="launch/$1.py")
   assert code == 1 and "not all workers started it" in err and "tpu_pod.sh stop pod" in err
 
 
