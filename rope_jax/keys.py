@@ -1,7 +1,7 @@
 """Prints the keys of a config, their defaults, and what the source says of each.
 
   python -m rope_jax.keys              # all
-  python -m rope_jax.keys train.       # those that begin so
+  python -m rope_jax.keys train.       # those that begin so; or several such
   python -m rope_jax.keys rope.yarn    # the options of a method
   python -m rope_jax.keys evals.       # what evaluations take: config.evals.NAME.KEY
 
@@ -56,12 +56,22 @@ def attributes(documented) -> dict[str, str]:
   return found
 
 
+def options(method) -> dict[str, str]:
+  """{option: text} of a method; where that is 'as in `another`', what is said there."""
+  found = attributes(method)
+  for key, text in found.items():
+    if other := re.fullmatch(r"as in `(\w+)`\.?", text):
+      found[key] = options(getattr(rope, other[1]))[key]
+  whole = re.search(r"options as in `(\w+)`", method.__doc__)
+  return (options(getattr(rope, whole[1])) if whole else {}) | found
+
+
 def documented() -> dict[str, tuple]:
   """{key: (default, text)} of all keys, in alphabetical order."""
   text = comments(config.base)
   for block, methods in (("rope", rope.SCALINGS), ("search", search.METHODS)):
     for name, method in methods.items():
-      text = {f"{block}.{name}.{k}": v for k, v in attributes(method).items()} | text
+      text = {f"{block}.{name}.{k}": v for k, v in options(method).items()} | text
   values = config.base()
   for name, entry in entries.ENTRIES.items():
     values.evals[name] = entry()
@@ -81,10 +91,11 @@ def _leaves(c: ConfigDict, prefix: str = ""):
 
 
 def main(argv: list[str]) -> None:
-  prefix = argv[0].removeprefix("--").removeprefix("config.") if argv else ""
-  found = {k: v for k, v in documented().items() if k.startswith(prefix)}
-  if not found:
-    sys.exit(f"error: no key begins with {prefix!r}; python -m rope_jax.keys has them all")
+  prefixes = [arg.removeprefix("--").removeprefix("config.") for arg in argv or [""]]
+  found = {k: v for k, v in documented().items() if k.startswith(tuple(prefixes))}
+  for prefix in prefixes:
+    if not any(k.startswith(prefix) for k in found):
+      sys.exit(f"error: no key begins with {prefix!r}; python -m rope_jax.keys has them all")
   try:
     for key, (value, text) in found.items():
       print("\n".join([f"{key} = {value!r}", *textwrap.wrap(text, 100, **_INDENT)]), flush=True)
