@@ -226,6 +226,9 @@ def test_the_figure_of_posgen_has_a_panel_for_each_task(tmp_path):
   results = {n: r for n, r in _posgen_results(POSGEN).items() if "_cot_" not in n}
   claims.posgen_table1.figure(results, "mini", str(tmp_path / "f.svg"))
   text = (tmp_path / "f.svg").read_text()
+  parts = [dict(start=64, end=96, accuracy=x) for x in (0.2, 0.6, 0.4)]
+  bars = dict(start=64, end=96, accuracy=pytest.approx(0.4), low=0.2, high=0.6)
+  assert claims.posgen_table1._over_seeds(tuple(parts)) == bars
   assert "<!-- Semi-recursive, combinations data -->" in text
   assert "<!-- Recursive, disjoint data -->" in text and "CoT" not in text
 

@@ -423,3 +423,13 @@ def test_without_a_browser_tests_skip_but_in_ci_they_fail(monkeypatch):
   monkeypatch.setenv("CI", "true")
   with pytest.raises(pytest.fail.Exception, match="install"):
     browser.find()
+
+
+def test_a_page_shows_the_rope_under_which_the_results_are(tmp_path):
+  c = config.base()
+  c.rope.context, c.rope.scaling = 2 * c.rope.original_context, "yarn"
+  (tmp_path / "rope.json").write_text(json.dumps(resolve.describe(c)))
+  assert results_lib.facts(str(tmp_path))["rope"]["factor"] == 2
+  c.rope.context *= 2  # evaluated further out than it was trained
+  (tmp_path / "results_rope.json").write_text(json.dumps(resolve.describe(c)))
+  assert results_lib.facts(str(tmp_path))["rope"]["factor"] == 4

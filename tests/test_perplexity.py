@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from rope_jax import config
+from rope_jax import config, report, results
 from rope_jax.data.tokenizer import ByteTokenizer
 from rope_jax.evals import Subject, evaluate
 from rope_jax.evals.perplexity import windows
@@ -142,3 +142,18 @@ def test_windows_all_have_the_same_length():
   for protocol in ("sliding", "sliding_all", "truncate"):
     for start, scored in windows(protocol, 1000, 128, 50, 1):
       assert 0 <= start <= 1000 - 128 and start < scored < start + 128
+
+
+def test_results_of_different_texts_are_told_apart(tmp_path):
+  texts = [TEXT[100:200], TEXT[:300], TEXT[200:]]  # the first is too short for more than 64
+  options = dict(protocol="truncate", num_samples=2, texts=texts)
+  short, long, again = (
+    run(tmp_path, lengths=lengths, **options) for lengths in ((64,), (64, 256), (64, 200))
+  )
+  assert short["64"]["text"] != long["64"]["text"] == again["64"]["text"]
+  assert results.mixed(dict(a=short, b=long)) == ["64"]
+  assert results.mixed(dict(a=again, b=long, c={"64": {}})) == []
+  table = report.table(dict(a=dict(perplexity=short), b=dict(perplexity=long)))
+  assert "Not of one text in all runs, so not comparable: 64 (" in table
+  same = report.table(dict(a=dict(perplexity=again), b=dict(perplexity=long)))
+  assert "Not of one text" not in same
