@@ -38,8 +38,8 @@ Seen with runlocal (python launch/train.py --config=configs/posgen.py:ARGUMENTS,
   task=cot,scaling=yarn,yarn=test_only            0.984   0.999   1.000
 
 One run each of a small model: no verdict on a method, and rounding alone moves them (cot beyond 64:
-0.756 in a later version, 0.730 on one core instead of two). Within 64 tokens they are as good as the
-shortcut by near tokens that rope_jax/data/posgen.py describes, (59 + 1/17) / 60 = 0.984 and
+0.756 in a later version, 0.730 on one core instead of two). Within 64 tokens they are as good as
+the shortcut by near tokens that rope_jax/data/posgen.py describes, (59 + 1/17) / 60 = 0.984 and
 1/2 + 1/34 = 0.529, and not better: the run task=cot predicts the first token after the seed at
 chance and those up to 63 without error (launch/eval.py, --config.evals.posgen.every_tokens=1).
 Beyond, such a model of `cot` or `recursive` shows how well a look 1 and 4 or 5 tokens back

@@ -89,22 +89,21 @@ def _run(claims: list[str], workdir: str) -> None:
       cli.fail(f"--join={path}: a record of {value['claim']}, which is not asked for")
   multihost.initialize()
   preemption.install()
-  settings = {
-    name: dict(
-      preset=PRESET.value,
-      workdir=workdir,
-      only=ONLY.value,
-      init_from=INIT_FROM.value,
-      records=[value for value in others if value["claim"] == name],
+  plans = [  # all, before the first run of the first
+    runner.plan(
+      name,
+      PRESET.value,
+      workdir,
+      ONLY.value,
+      INIT_FROM.value,
+      [value for value in others if value["claim"] == name],
     )
     for name in claims
-  }
-  for name in claims:  # all, before the first run of the first
-    runner.plan(name, **settings[name])
-  for name in claims:
+  ]
+  for name, plan in zip(claims, plans):
     if cli.is_main():
       print(CLAIMS[name].__doc__)
-    value = runner.run(name, **settings[name])
+    value = runner.run(plan)
     if cli.is_main():
       path = os.path.join(workdir, name)
       written = [f"{path}.json"] if value["of"] else []

@@ -45,8 +45,8 @@ def toy(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_claim_run_again_elsewhere_gives_the_same_record(toy):
-  first = runner.run("toy", "mini", str(toy / "a"))
-  second = runner.run("toy", "mini", str(toy / "b"))
+  first = runner.run(runner.plan("toy", "mini", str(toy / "a")))
+  second = runner.run(runner.plan("toy", "mini", str(toy / "b")))
   assert first == second and list(first["runs"]) == ["toy_base", "toy_yarn"]
   assert record.report(first).startswith("1 runs")  # the base is not evaluated
   assert (toy / "a" / "toy.json").read_bytes() == (toy / "b" / "toy.json").read_bytes()
@@ -55,22 +55,22 @@ def test_a_claim_run_again_elsewhere_gives_the_same_record(toy):
 
 @pytest.mark.slow
 def test_finished_runs_are_not_run_again_and_others_are(toy, monkeypatch):
-  runner.run("toy", "mini", str(toy), only="toy_base")
+  runner.run(runner.plan("toy", "mini", str(toy), only="toy_base"))
   stored = json.loads((toy / "toy.json").read_text())
   assert list(stored["runs"]) == ["toy_base"] and "NOT COMPLETE" in record.report(stored)
   ran, execute = [], runner.execute
   monkeypatch.setattr(
     runner, "execute", lambda name, *args: (ran.append(name), execute(name, *args))
   )
-  whole = runner.run("toy", "mini", str(toy))
+  whole = runner.run(runner.plan("toy", "mini", str(toy)))
   assert ran == ["toy_yarn"] and "NOT COMPLETE" not in record.report(whole)
-  runner.run("toy", "mini", str(toy))
+  runner.run(runner.plan("toy", "mini", str(toy)))
   assert ran == ["toy_yarn"]
 
 
 @pytest.mark.slow
 def test_a_kill_before_a_changed_evaluation_leaves_no_old_values(toy, monkeypatch):
-  first = runner.run("toy", "mini", str(toy))
+  first = runner.run(runner.plan("toy", "mini", str(toy)))
   toy_runs = _Toy.runs
 
   def changed(preset, init_from):
@@ -86,10 +86,10 @@ def test_a_kill_before_a_changed_evaluation_leaves_no_old_values(toy, monkeypatc
   with monkeypatch.context() as m:
     m.setattr("rope_jax.evals.evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
-      runner.run("toy", "mini", str(toy))
+      runner.run(runner.plan("toy", "mini", str(toy)))
   found = runner.runs("toy", "mini")
   assert list(record.collect("toy", "mini", found, str(toy))["runs"]) == ["toy_base"]
-  second = runner.run("toy", "mini", str(toy))
+  second = runner.run(runner.plan("toy", "mini", str(toy)))
   tokens = [
     r["runs"]["toy_yarn"]["results"]["perplexity"]["256"]["tokens"] for r in (first, second)
   ]
@@ -98,24 +98,24 @@ def test_a_kill_before_a_changed_evaluation_leaves_no_old_values(toy, monkeypatc
 
 @pytest.mark.slow
 def test_runs_of_other_versions_are_not_taken_for_ones_of_these(toy, monkeypatch):
-  runner.run("toy", "mini", str(toy), only="toy_base")
+  runner.run(runner.plan("toy", "mini", str(toy), only="toy_base"))
   other = dict(record._versions(), jax="0.0.1")
   monkeypatch.setattr(record, "_versions", lambda: other)
   with pytest.raises(ValueError, match="--workdir: .*toy_base was run by .*, and .* jax 0.0.1 on"):
-    runner.run("toy", "mini", str(toy))
+    runner.run(runner.plan("toy", "mini", str(toy)))
 
 
 @pytest.mark.slow
 def test_a_record_from_elsewhere_is_joined_and_not_made_again(toy, monkeypatch):
-  there = runner.run("toy", "mini", str(toy / "there"))
+  there = runner.run(runner.plan("toy", "mini", str(toy / "there")))
   monkeypatch.setattr(runner, "execute", None)
-  here = runner.run("toy", "mini", str(toy / "here"), records=[there])
+  here = runner.run(runner.plan("toy", "mini", str(toy / "here"), records=[there]))
   assert here == there
   other = dict(there, runs={n: dict(r, config="0") for n, r in there["runs"].items()})
   with pytest.raises(ValueError, match="--join: the run toy_base is of other settings"):
-    runner.run("toy", "mini", str(toy / "here"), records=[other])
+    runner.run(runner.plan("toy", "mini", str(toy / "here"), records=[other]))
   with pytest.raises(ValueError, match="--join: versions"):
-    runner.run("toy", "mini", str(toy / "here"), records=[dict(there, versions={})])
+    runner.run(runner.plan("toy", "mini", str(toy / "here"), records=[dict(there, versions={})]))
 
 
 def test_a_part_of_a_claim_brings_what_it_starts_from():

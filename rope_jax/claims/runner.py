@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import os
 import time
@@ -105,6 +106,32 @@ def execute(name: str, found: dict[str, ConfigDict], workdir: str) -> None:
   multihost.wait("a run of a claim")
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is left to make of a claim.
+
+  Attributes:
+    claim, preset, workdir: as given to `plan`.
+    found: all runs of the claim, {name: config}.
+    left: names of those to make, in order.
+    records: of this claim from elsewhere.
+  """
+
+  claim: str
+  preset: str
+  workdir: str
+  found: dict[str, ConfigDict]
+  left: tuple[str, ...]
+  records: Sequence[dict]
+
+  def record(self) -> dict:
+    """What there is of the claim so far."""
+    value = record.collect(self.claim, self.preset, self.found, self.workdir)
+    for other in self.records:
+      value = record.join(value, other, self.found)
+    return value
+
+
 def plan(
   claim: str,
   preset: str,
@@ -112,7 +139,7 @@ def plan(
   only: str = "*",
   init_from: str = "",
   records: Sequence[dict] = (),
-) -> dict:
+) -> Plan:
   """The runs of a claim that are left to make, all checked.
 
   Args:
@@ -123,59 +150,40 @@ def plan(
     init_from: the weights of the base model, for the preset 'paper'.
     records: of this claim from elsewhere: what they have is not run again.
 
-  Returns:
-    {name: config}, in order.
-
   Raises:
     ValueError: for settings that do not fit, or a record of other ones.
   """
   found = runs(claim, preset, init_from)
-  left = chosen(found, only, _current(claim, preset, found, workdir, records)["runs"], workdir)
+  there = Plan(claim, preset, workdir, found, (), records).record()["runs"]
+  left = chosen(found, only, there, workdir)
   check(left, found)
-  return left
+  return Plan(claim, preset, workdir, found, tuple(left), records)
 
 
-def run(
-  claim: str,
-  preset: str,
-  workdir: str,
-  only: str = "*",
-  init_from: str = "",
-  records: Sequence[dict] = (),
-) -> dict:
-  """All of a claim; continues where an earlier call was cut off. The arguments are those of `plan`.
+def run(p: Plan) -> dict:
+  """Makes what is left of a claim; a plan made anew continues where this was cut off.
 
   Returns:
     The record of all that is there, in CLAIM.json too.
   """
-  left = plan(claim, preset, workdir, only, init_from, records)
-  found = runs(claim, preset, init_from)
-  path, times = os.path.join(workdir, f"{claim}.json"), []
-  value = _current(claim, preset, found, workdir, records)
-  for i, name in enumerate(left):
-    rest = f", about {_minutes(times, len(left) - i)} to go" if times else ""
+  path, times = os.path.join(p.workdir, f"{p.claim}.json"), []
+  for i, name in enumerate(p.left):
+    if record.finished(name, p.found, p.workdir):
+      continue  # by another claim since
+    rest = f", about {_minutes(times, len(p.left) - i)} to go" if times else ""
     if multihost.is_main():
-      print(f"\n== {name} ({i + 1} of {len(left)}{rest})", flush=True)
+      print(f"\n== {name} ({i + 1} of {len(p.left)}{rest})", flush=True)
     before = time.monotonic()
     try:
-      execute(name, found, workdir)
+      execute(name, p.found, p.workdir)
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from error
     times.append(time.monotonic() - before)
-    value = _current(claim, preset, found, workdir, records)
     if multihost.is_main():
-      record.write(value, path)
-  if found and multihost.is_main():
+      record.write(p.record(), path)
+  value = p.record()
+  if p.found and multihost.is_main():
     record.write(value, path)
-  return value
-
-
-def _current(
-  claim: str, preset: str, found: dict[str, ConfigDict], workdir: str, records: Sequence[dict]
-) -> dict:
-  value = record.collect(claim, preset, found, workdir)
-  for other in records:
-    value = record.join(value, other, found)
   return value
 
 
