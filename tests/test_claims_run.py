@@ -106,6 +106,14 @@ def test_runs_of_other_versions_are_not_taken_for_ones_of_these(toy, monkeypatch
 
 
 @pytest.mark.slow
+def test_what_another_plan_has_made_since_is_not_made_again(toy, monkeypatch):
+  first, second = (runner.plan("toy", "mini", str(toy)) for _ in range(2))
+  there = runner.run(first)
+  monkeypatch.setattr(runner, "execute", None)
+  assert second.left == ("toy_base", "toy_yarn") and runner.run(second) == there
+
+
+@pytest.mark.slow
 def test_a_record_from_elsewhere_is_joined_and_not_made_again(toy, monkeypatch):
   there = runner.run(runner.plan("toy", "mini", str(toy / "there")))
   monkeypatch.setattr(runner, "execute", None)
